@@ -1,0 +1,70 @@
+"""Which backend an operator runs on: one rule for all of them, and the reason whenever it is not the fastest."""
+
+import functools
+import importlib.util
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("croc_kernels")
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+def interpreted() -> bool:
+    """True when Triton kernels run in Triton's interpreter, on CPU tensors too."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton can't be used at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether an op called with ``tensor`` launches a Triton kernel (else its PyTorch implementation for CPUs)."""
+    return tensor.device.type == "cuda" or interpreted()
+
+
+def resolve(function: str, backend: str, tensor: Tensor, unsupported: str | None = None) -> str:
+    """Turn ``backend`` into ``"triton"``, ``"cpu"`` or ``"reference"``.
+
+    Args:
+        function: public name, for messages.
+        backend: the caller's word, one of :data:`BACKENDS`.
+        tensor: decides by its device.
+        unsupported: why the Triton kernel can't take these inputs, or None.
+
+    Raises:
+        ValueError: ``backend`` is unknown, or the kernel can't take the inputs.
+        RuntimeError: Triton was asked for by name where it can't run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{function}: backend must be one of {BACKENDS}, got {backend!r}")
+    if backend == "reference":
+        return "reference"
+    if not uses_triton(tensor):
+        if backend == "triton":
+            raise RuntimeError(
+                f'{function}: backend="triton" must have CUDA tensors, got {tensor.device.type}; '
+                "set TRITON_INTERPRET=1 before the first import to run the kernel in Triton's interpreter"
+            )
+        return "cpu"
+    missing = triton_missing()
+    if missing is not None:
+        raise RuntimeError(f"{function}: {missing}")
+    if unsupported is not None:
+        raise ValueError(f'{function}: {unsupported}, or use backend="reference"')
+    return "triton"
+
+
+@functools.cache
+def log_choice(function: str, backend: str, reason: str) -> None:
+    """Log once per process what ``auto`` took and why."""
+    if not torch.compiler.is_compiling():
+        logger.info("%s: backend %s (%s)", function, backend, reason)

@@ -1,0 +1,169 @@
+"""Every op's schema, fake kernel and implementation switch. Needs torch only; Triton is imported inside the calls.
+
+An op runs a Triton kernel for CUDA tensors (and for CPU tensors under ``TRITON_INTERPRET=1``) and a PyTorch or
+C++ implementation of the same mathematics for CPU tensors otherwise. The assignment solver is compiled: its
+implementations are registered by ``croc_kernels._C`` for CPU and, if it was built with nvcc, for CUDA.
+
+Ops are not differentiable by themselves: each operator's ``api.py`` wraps the pair of forward and backward ops in
+a ``torch.autograd.Function``, which is traced by ``torch.compile(fullgraph=True)`` at a third of the overhead of
+``register_autograd``.
+"""
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .backend import uses_triton
+
+_LIB = torch.library.Library("croc_kernels", "FRAGMENT")
+
+
+def _define(schema: str, triton: str, cpu: str, fake: Callable) -> Callable:
+    """Define one op whose implementations are ``"module:function"`` names inside this package; return its handle."""
+    name = schema.split("(", 1)[0]
+    _LIB.define(schema)
+
+    def run(first: Tensor, *args: object) -> object:
+        module, function = (triton if uses_triton(first) else cpu).split(":")
+        return getattr(importlib.import_module(module, __package__), function)(first, *args)
+
+    for key in ("CPU", "CUDA"):
+        _LIB.impl(name, run, key)
+    torch.library.register_fake(f"croc_kernels::{name}", fake, lib=_LIB)
+    return getattr(torch.ops.croc_kernels, name).default
+
+
+# --- attention -------------------------------------------------------------------------------------------------
+
+
+def _empty_like_heads(q: Tensor, length: int, heads: int, dim: int) -> Tensor:
+    """(B, H, L, D) view of a (B, L, H, D) allocation: model code transposes back to it for free."""
+    return q.new_empty((q.shape[0], length, heads, dim)).transpose(1, 2)
+
+
+def _mixed_attention_fwd_fake(q, k, v, start, end, visible_until, scale, softcap):
+    out = _empty_like_heads(q, q.shape[2], q.shape[1], v.shape[3])
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _mixed_attention_bwd_fake(
+    grad_out, grad_lse, q, k, v, out, lse, start, end, row_start, row_end, visible_until,
+    scale, softcap, deterministic,
+):  # fmt: skip
+    return tuple(_empty_like_heads(x, x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
+
+
+mixed_attention_fwd = _define(
+    "mixed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor start, Tensor end, Tensor? visible_until, "
+    "float scale, float softcap) -> (Tensor, Tensor)",
+    triton=".attention.forward:mixed_attention_fwd",
+    cpu=".attention.cpu:mixed_attention_fwd",
+    fake=_mixed_attention_fwd_fake,
+)
+mixed_attention_bwd = _define(
+    "mixed_attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor start, Tensor end, Tensor row_start, Tensor row_end, Tensor? visible_until, "
+    "float scale, float softcap, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    triton=".attention.backward:mixed_attention_bwd",
+    cpu=".attention.cpu:mixed_attention_bwd",
+    fake=_mixed_attention_bwd_fake,
+)
+
+
+# --- cost ------------------------------------------------------------------------------------------------------
+
+
+def _cost_shape(tokens: Tensor, token_index: Tensor | None) -> tuple[int, ...]:
+    return tuple(tokens.shape[:-1]) if token_index is None else tuple(token_index.shape)
+
+
+def _token_cost_fake(tokens, pool, token_index, num_rows, metric):
+    return tokens.new_empty((*_cost_shape(tokens, token_index), pool.shape[0]), dtype=torch.float32)
+
+
+def _nearest_token_fake(tokens, pool, token_index, num_rows, metric):
+    return tokens.new_empty(_cost_shape(tokens, token_index), dtype=torch.int64)
+
+
+token_cost = _define(
+    "token_cost(Tensor tokens, Tensor pool, Tensor? token_index, Tensor? num_rows, str metric) -> Tensor",
+    triton=".cost.kernel:token_cost",
+    cpu=".cost.cpu:token_cost",
+    fake=_token_cost_fake,
+)
+nearest_token = _define(
+    "nearest_token(Tensor tokens, Tensor pool, Tensor? token_index, Tensor? num_rows, str metric) -> Tensor",
+    triton=".cost.kernel:nearest_token",
+    cpu=".cost.cpu:nearest_token",
+    fake=_nearest_token_fake,
+)
+
+
+# --- assignment ------------------------------------------------------------------------------------------------
+
+
+def _linear_assignment_fake(cost, num_rows, maximize):
+    batch, n, m = cost.shape
+    return (
+        cost.new_empty((batch, n), dtype=torch.int64),
+        cost.new_empty((batch, n), dtype=torch.float64),
+        cost.new_empty((batch, m), dtype=torch.float64),
+        cost.new_empty((batch,), dtype=torch.float64),
+        cost.new_empty((batch,), dtype=torch.int32),
+    )
+
+
+# Results: index, row_dual, column_dual, gap, status. Both ops share them; the first is implemented in csrc/.
+_ASSIGNMENT = "(Tensor cost, Tensor? num_rows, bool maximize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_LIB.define("linear_assignment" + _ASSIGNMENT)
+torch.library.register_fake("croc_kernels::linear_assignment", _linear_assignment_fake, lib=_LIB)
+linear_assignment = torch.ops.croc_kernels.linear_assignment.default
+
+linear_assignment_reference = _define(
+    "linear_assignment_reference" + _ASSIGNMENT,
+    triton=".assignment.reference:linear_assignment",
+    cpu=".assignment.reference:linear_assignment",
+    fake=_linear_assignment_fake,
+)
+
+
+# --- replacement -----------------------------------------------------------------------------------------------
+
+
+def _replace_tokens_bwd_fake(grad_out, source, pool_size, embeddings_grad, pool_grad):
+    embeddings = grad_out.new_empty(grad_out.shape if embeddings_grad else (0,))
+    return embeddings, grad_out.new_empty((pool_size if pool_grad else 0, grad_out.shape[-1]))
+
+
+def _reconstruction_loss_fwd_fake(prediction, target, where, beta, prediction_grad):
+    gradient = prediction.new_empty(prediction.shape if prediction_grad else (0,))
+    return (
+        prediction.new_empty((), dtype=torch.float32),
+        prediction.new_empty((), dtype=torch.float32),
+        gradient,
+    )
+
+
+replace_tokens_fwd = _define(
+    "replace_tokens_fwd(Tensor embeddings, Tensor pool, Tensor source) -> Tensor",
+    triton=".replacement.kernel:replace_tokens_fwd",
+    cpu=".replacement.cpu:replace_tokens_fwd",
+    fake=lambda embeddings, pool, source: embeddings.new_empty(embeddings.shape),
+)
+replace_tokens_bwd = _define(
+    "replace_tokens_bwd(Tensor grad_out, Tensor source, int pool_size, bool embeddings_grad, bool pool_grad) "
+    "-> (Tensor, Tensor)",
+    triton=".replacement.kernel:replace_tokens_bwd",
+    cpu=".replacement.cpu:replace_tokens_bwd",
+    fake=_replace_tokens_bwd_fake,
+)
+# Sum of the loss over the selected tokens' components, their number, and d(sum)/d(prediction): one pass.
+reconstruction_loss_fwd = _define(
+    "reconstruction_loss_fwd(Tensor prediction, Tensor target, Tensor? where, float beta, bool prediction_grad) "
+    "-> (Tensor, Tensor, Tensor)",
+    triton=".replacement.kernel:reconstruction_loss_fwd",
+    cpu=".replacement.cpu:reconstruction_loss_fwd",
+    fake=_reconstruction_loss_fwd_fake,
+)

@@ -1,0 +1,53 @@
+"""Inputs and error budgets shared by tests, benchmarks and ``croc-kernels selftest``."""
+
+import torch
+from torch import Tensor
+
+EPSILON = {
+    torch.float64: 2.0**-52,
+    torch.float32: 2.0**-23,
+    torch.bfloat16: 2.0**-7,
+    torch.float16: 2.0**-10,
+}
+
+
+def max_error(value: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference to the float64 result; inf if a NaN or inf appears where ``exact`` has none."""
+    if value.numel() == 0:
+        return 0.0
+    difference = (value.double() - exact.double()).abs()
+    return float("inf") if not torch.isfinite(difference).all() else difference.max().item()
+
+
+def assert_within_budget(value: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Assert that ``value`` errs at most twice as much as PyTorch's own result in the same dtype.
+
+    Args:
+        value: the kernel's result.
+        exact: the float64 reference of the same inputs.
+        plain: PyTorch's result computed in ``dtype``.
+        dtype: sets the floor, one unit in the last place of the largest exact value.
+        what: named in the message.
+    """
+    floor = EPSILON[dtype] * (exact.abs().max().item() if exact.numel() else 0.0)
+    error, budget = max_error(value, exact), 2.0 * max_error(plain, exact) + floor
+    assert error <= budget, f"{what}: error {error:.3e} exceeds {budget:.3e}"
+
+
+def clustered_tokens(
+    batch: int,
+    num_tokens: int,
+    dim: int,
+    *,
+    clusters: int = 40,
+    noise: float = 0.3,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Tensor:
+    """(B, N, C) float32 L2-normalised tokens around ``clusters`` directions per image: what a projector gives."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(batch, clusters, dim, generator=generator)
+    pick = torch.randint(clusters, (batch, num_tokens), generator=generator)
+    tokens = torch.gather(centres, 1, pick[..., None].expand(-1, -1, dim))
+    tokens = tokens + noise * torch.randn(batch, num_tokens, dim, generator=generator)
+    return torch.nn.functional.normalize(tokens, dim=-1).to(device)
