@@ -20,23 +20,33 @@ def name_of(dtype: torch.dtype) -> str:
 def check_tensor(function: str, argument: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a tensor."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{function}: {argument} must be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"{function}: {argument} must be a torch.Tensor, got {type(value).__name__}"
+        )
 
 
-def check_dtype(function: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+def check_dtype(
+    function: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype]
+) -> None:
     """Raise TypeError unless the tensor's dtype is one of ``allowed``."""
     if tensor.dtype not in allowed:
         names = ", ".join(name_of(d) for d in allowed)
-        raise TypeError(f"{function}: {argument} must have dtype {names}, got {name_of(tensor.dtype)}")
+        raise TypeError(
+            f"{function}: {argument} must have dtype {names}, got {name_of(tensor.dtype)}"
+        )
 
 
-def check_rank(function: str, argument: str, tensor: Tensor, layout: str, ranks: Sequence[int]) -> None:
+def check_rank(
+    function: str, argument: str, tensor: Tensor, layout: str, ranks: Sequence[int]
+) -> None:
     """Raise ValueError unless the tensor's rank is allowed; ``layout`` reads like ``(B, N, M)``."""
     if tensor.dim() not in ranks:
         raise ValueError(f"{function}: {argument} must be {layout}, got {tuple(tensor.shape)}")
 
 
-def check_shape(function: str, argument: str, tensor: Tensor, shape: Sequence[int], layout: str) -> None:
+def check_shape(
+    function: str, argument: str, tensor: Tensor, shape: Sequence[int], layout: str
+) -> None:
     """Raise ValueError unless the tensor has exactly ``shape``."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
@@ -44,7 +54,9 @@ def check_shape(function: str, argument: str, tensor: Tensor, shape: Sequence[in
         )
 
 
-def check_same(function: str, argument: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def check_same(
+    function: str, argument: str, tensor: Tensor, other_name: str, other: Tensor
+) -> None:
     """Raise unless dtype (TypeError) and device (ValueError) equal those of ``other``."""
     if tensor.dtype != other.dtype:
         raise TypeError(
@@ -54,7 +66,9 @@ def check_same(function: str, argument: str, tensor: Tensor, other_name: str, ot
     check_device(function, argument, tensor, other_name, other)
 
 
-def check_device(function: str, argument: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+def check_device(
+    function: str, argument: str, tensor: Tensor, other_name: str, other: Tensor
+) -> None:
     """Raise ValueError unless both tensors are on one device."""
     if tensor.device != other.device:
         raise ValueError(

@@ -116,7 +116,9 @@ def _linear_assignment_fake(cost, num_rows, maximize):
 
 
 # Results: index, row_dual, column_dual, gap, status. Both ops share them; the first is implemented in csrc/.
-_ASSIGNMENT = "(Tensor cost, Tensor? num_rows, bool maximize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+_ASSIGNMENT = (
+    "(Tensor cost, Tensor? num_rows, bool maximize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _LIB.define("linear_assignment" + _ASSIGNMENT)
 torch.library.register_fake("croc_kernels::linear_assignment", _linear_assignment_fake, lib=_LIB)
 linear_assignment = torch.ops.croc_kernels.linear_assignment.default

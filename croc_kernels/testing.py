@@ -19,7 +19,9 @@ def max_error(value: Tensor, exact: Tensor) -> float:
     return float("inf") if not torch.isfinite(difference).all() else difference.max().item()
 
 
-def assert_within_budget(value: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, what: str) -> None:
+def assert_within_budget(
+    value: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype, what: str
+) -> None:
     """Assert that ``value`` errs at most twice as much as PyTorch's own result in the same dtype.
 
     Args:
