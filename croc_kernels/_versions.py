@@ -18,9 +18,10 @@ def check(name: str, version: str, allowed: tuple[tuple[int, int], tuple[int, in
     """Raise ImportError unless ``allowed[0] <= version < allowed[1]``."""
     low, high = allowed
     if not low <= parse(version) < high:
+        wanted = f">={low[0]}.{low[1]},<{high[0]}.{high[1]}"
         raise ImportError(
-            f"croc_kernels: {name} must be >={low[0]}.{low[1]},<{high[0]}.{high[1]}, got {version}; "
-            f'install one with: pip install "{name}>={low[0]}.{low[1]},<{high[0]}.{high[1]}"'
+            f"croc_kernels: {name} must be {wanted}, got {version}; "
+            f'install one with: pip install "{name}{wanted}"'
         )
 
 

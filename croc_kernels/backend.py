@@ -1,4 +1,4 @@
-"""Which backend an operator runs on: one rule for all of them, and the reason whenever it is not the fastest."""
+"""Which backend an operator runs on: one rule for all, and the reason when it is not the fastest."""
 
 import functools
 import importlib.util
@@ -27,7 +27,7 @@ def triton_missing() -> str | None:
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Whether an op called with ``tensor`` launches a Triton kernel (else its PyTorch implementation for CPUs)."""
+    """Whether an op launches a Triton kernel for ``tensor`` (else its PyTorch code for CPUs)."""
     return tensor.device.type == "cuda" or interpreted()
 
 
@@ -52,7 +52,7 @@ def resolve(function: str, backend: str, tensor: Tensor, unsupported: str | None
         if backend == "triton":
             raise RuntimeError(
                 f'{function}: backend="triton" must have CUDA tensors, got {tensor.device.type}; '
-                "set TRITON_INTERPRET=1 before the first import to run the kernel in Triton's interpreter"
+                "set TRITON_INTERPRET=1 before the first import to run it in Triton's interpreter"
             )
         return "cpu"
     missing = triton_missing()

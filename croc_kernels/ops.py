@@ -1,12 +1,13 @@
-"""Every op's schema, fake kernel and implementation switch. Needs torch only; Triton is imported inside the calls.
+"""Every op's schema, fake kernel and implementation switch; Triton is imported inside the calls.
 
-An op runs a Triton kernel for CUDA tensors (and for CPU tensors under ``TRITON_INTERPRET=1``) and a PyTorch or
-C++ implementation of the same mathematics for CPU tensors otherwise. The assignment solver is compiled: its
-implementations are registered by ``croc_kernels._C`` for CPU and, if it was built with nvcc, for CUDA.
+An op runs a Triton kernel for CUDA tensors (and for CPU tensors under ``TRITON_INTERPRET=1``) and a
+PyTorch or C++ implementation of the same mathematics for CPU tensors otherwise. The assignment
+solver is compiled: its implementations are registered by ``croc_kernels._C`` for CPU and, if it was
+built with nvcc, for CUDA.
 
-Ops are not differentiable by themselves: each operator's ``api.py`` wraps the pair of forward and backward ops in
-a ``torch.autograd.Function``, which is traced by ``torch.compile(fullgraph=True)`` at a third of the overhead of
-``register_autograd``.
+Ops are not differentiable by themselves: each operator's ``api.py`` wraps the pair of forward and
+backward ops in a ``torch.autograd.Function``, which ``torch.compile(fullgraph=True)`` traces at a
+third of the overhead of ``register_autograd``.
 """
 
 import importlib
@@ -21,7 +22,7 @@ _LIB = torch.library.Library("croc_kernels", "FRAGMENT")
 
 
 def _define(schema: str, triton: str, cpu: str, fake: Callable) -> Callable:
-    """Define one op whose implementations are ``"module:function"`` names inside this package; return its handle."""
+    """Define an op whose implementations are ``"module:function"`` names here; return its handle."""
     name = schema.split("(", 1)[0]
     _LIB.define(schema)
 
@@ -35,7 +36,7 @@ def _define(schema: str, triton: str, cpu: str, fake: Callable) -> Callable:
     return getattr(torch.ops.croc_kernels, name).default
 
 
-# --- attention -------------------------------------------------------------------------------------------------
+# --- attention ---------------------------------------------------------------------------------
 
 
 def _empty_like_heads(q: Tensor, length: int, heads: int, dim: int) -> Tensor:
@@ -56,15 +57,15 @@ def _mixed_attention_bwd_fake(
 
 
 mixed_attention_fwd = _define(
-    "mixed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor start, Tensor end, Tensor? visible_until, "
-    "float scale, float softcap) -> (Tensor, Tensor)",
+    "mixed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor start, Tensor end, "
+    "Tensor? visible_until, float scale, float softcap) -> (Tensor, Tensor)",
     triton=".attention.forward:mixed_attention_fwd",
     cpu=".attention.cpu:mixed_attention_fwd",
     fake=_mixed_attention_fwd_fake,
 )
 mixed_attention_bwd = _define(
-    "mixed_attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor start, Tensor end, Tensor row_start, Tensor row_end, Tensor? visible_until, "
+    "mixed_attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+    "Tensor out, Tensor lse, Tensor start, Tensor end, Tensor row_start, Tensor row_end, Tensor? visible_until, "
     "float scale, float softcap, bool deterministic) -> (Tensor, Tensor, Tensor)",
     triton=".attention.backward:mixed_attention_bwd",
     cpu=".attention.cpu:mixed_attention_bwd",
@@ -72,7 +73,7 @@ mixed_attention_bwd = _define(
 )
 
 
-# --- cost ------------------------------------------------------------------------------------------------------
+# --- cost --------------------------------------------------------------------------------------
 
 
 def _cost_shape(tokens: Tensor, token_index: Tensor | None) -> tuple[int, ...]:
@@ -88,20 +89,22 @@ def _nearest_token_fake(tokens, pool, token_index, num_rows, metric):
 
 
 token_cost = _define(
-    "token_cost(Tensor tokens, Tensor pool, Tensor? token_index, Tensor? num_rows, str metric) -> Tensor",
+    "token_cost(Tensor tokens, Tensor pool, Tensor? token_index, Tensor? num_rows, "
+    "str metric) -> Tensor",
     triton=".cost.kernel:token_cost",
     cpu=".cost.cpu:token_cost",
     fake=_token_cost_fake,
 )
 nearest_token = _define(
-    "nearest_token(Tensor tokens, Tensor pool, Tensor? token_index, Tensor? num_rows, str metric) -> Tensor",
+    "nearest_token(Tensor tokens, Tensor pool, Tensor? token_index, Tensor? num_rows, "
+    "str metric) -> Tensor",
     triton=".cost.kernel:nearest_token",
     cpu=".cost.cpu:nearest_token",
     fake=_nearest_token_fake,
 )
 
 
-# --- assignment ------------------------------------------------------------------------------------------------
+# --- assignment --------------------------------------------------------------------------------
 
 
 def _linear_assignment_fake(cost, num_rows, maximize):
@@ -115,7 +118,7 @@ def _linear_assignment_fake(cost, num_rows, maximize):
     )
 
 
-# Results: index, row_dual, column_dual, gap, status. Both ops share them; the first is implemented in csrc/.
+# Results: index, row_dual, column_dual, gap, status. The first op is implemented in csrc/.
 _ASSIGNMENT = (
     "(Tensor cost, Tensor? num_rows, bool maximize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -131,7 +134,7 @@ linear_assignment_reference = _define(
 )
 
 
-# --- replacement -----------------------------------------------------------------------------------------------
+# --- replacement -------------------------------------------------------------------------------
 
 
 def _replace_tokens_bwd_fake(grad_out, source, pool_size, embeddings_grad, pool_grad):
@@ -155,16 +158,16 @@ replace_tokens_fwd = _define(
     fake=lambda embeddings, pool, source: embeddings.new_empty(embeddings.shape),
 )
 replace_tokens_bwd = _define(
-    "replace_tokens_bwd(Tensor grad_out, Tensor source, int pool_size, bool embeddings_grad, bool pool_grad) "
-    "-> (Tensor, Tensor)",
+    "replace_tokens_bwd(Tensor grad_out, Tensor source, int pool_size, bool embeddings_grad, "
+    "bool pool_grad) -> (Tensor, Tensor)",
     triton=".replacement.kernel:replace_tokens_bwd",
     cpu=".replacement.cpu:replace_tokens_bwd",
     fake=_replace_tokens_bwd_fake,
 )
-# Sum of the loss over the selected tokens' components, their number, and d(sum)/d(prediction): one pass.
+# Sum over the selected tokens' components, how many tokens, and d(sum)/d(prediction): one pass.
 reconstruction_loss_fwd = _define(
-    "reconstruction_loss_fwd(Tensor prediction, Tensor target, Tensor? where, float beta, bool prediction_grad) "
-    "-> (Tensor, Tensor, Tensor)",
+    "reconstruction_loss_fwd(Tensor prediction, Tensor target, Tensor? where, float beta, "
+    "bool prediction_grad) -> (Tensor, Tensor, Tensor)",
     triton=".replacement.kernel:reconstruction_loss_fwd",
     cpu=".replacement.cpu:reconstruction_loss_fwd",
     fake=_reconstruction_loss_fwd_fake,

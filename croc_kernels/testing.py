@@ -12,7 +12,7 @@ EPSILON = {
 
 
 def max_error(value: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference to the float64 result; inf if a NaN or inf appears where ``exact`` has none."""
+    """Largest absolute difference to the float64 result; inf if it is not finite somewhere."""
     if value.numel() == 0:
         return 0.0
     difference = (value.double() - exact.double()).abs()
@@ -46,7 +46,7 @@ def clustered_tokens(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> Tensor:
-    """(B, N, C) float32 L2-normalised tokens around ``clusters`` directions per image: what a projector gives."""
+    """(B, N, C) float32 L2-normalised tokens around ``clusters`` directions per image."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(batch, clusters, dim, generator=generator)
     pick = torch.randint(clusters, (batch, num_tokens), generator=generator)
