@@ -1,4 +1,4 @@
-"""Which backend an operator runs on: one rule for all, and the reason when it is not the fastest."""
+"""Which backend an operator runs on: one rule for all, and the reason when not the fastest."""
 
 import functools
 import importlib.util

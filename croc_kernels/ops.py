@@ -22,7 +22,7 @@ _LIB = torch.library.Library("croc_kernels", "FRAGMENT")
 
 
 def _define(schema: str, triton: str, cpu: str, fake: Callable) -> Callable:
-    """Define an op whose implementations are ``"module:function"`` names here; return its handle."""
+    """Define an op; implementations are ``"module:function"`` names in here. Return its handle."""
     name = schema.split("(", 1)[0]
     _LIB.define(schema)
 
@@ -65,8 +65,9 @@ mixed_attention_fwd = _define(
 )
 mixed_attention_bwd = _define(
     "mixed_attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-    "Tensor out, Tensor lse, Tensor start, Tensor end, Tensor row_start, Tensor row_end, Tensor? visible_until, "
-    "float scale, float softcap, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    "Tensor out, Tensor lse, Tensor start, Tensor end, Tensor row_start, Tensor row_end, "
+    "Tensor? visible_until, float scale, float softcap, bool deterministic) "
+    "-> (Tensor, Tensor, Tensor)",
     triton=".attention.backward:mixed_attention_bwd",
     cpu=".attention.cpu:mixed_attention_bwd",
     fake=_mixed_attention_bwd_fake,
