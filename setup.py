@@ -1,0 +1,83 @@
+"""Builds ``croc_kernels._C`` with CMake; everything else about the package is in pyproject.toml.
+
+Only torch's headers and two of its libraries are needed, and torch is never imported. They are taken from, in this
+order: the environment variable ``TORCH_ROOT`` (torch's package directory), the torch of the running interpreter, and
+the torch of the environment that pip isolates a build from: installing an sdist next to a present torch fetches no
+second one. Where none is found, torch itself becomes a build requirement.
+
+``CROC_CUDA=ON|OFF`` in the environment decides about the CUDA kernels; without it they are built if nvcc is there.
+"""
+
+import importlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+HERE = Path(__file__).resolve().parent
+TORCH = "torch>=2.11,<2.16"
+
+
+def torch_root() -> Path | None:
+    """Directory of an installed torch with headers, or None."""
+    found = importlib.util.find_spec("torch")
+    candidates = [os.environ.get("TORCH_ROOT"), *(found.submodule_search_locations if found else [])]
+    candidates.append(os.path.join(sysconfig.get_path("platlib"), "torch"))
+    roots = [Path(c) for c in candidates if c]
+    return next((r for r in roots if (r / "include/torch/csrc/stable/library.h").is_file()), None)
+
+
+def tool(name: str, directory: str) -> str | None:
+    """Path of ``cmake`` or ``ninja``: the Python package's own binary before whatever PATH holds."""
+    try:
+        return shutil.which(name, path=getattr(importlib.import_module(name), directory))
+    except ImportError:
+        return shutil.which(name)
+
+
+class CMakeBuild(build_ext):
+    """Runs CMake once per interpreter and variant; its build directory stays, so rebuilding is incremental."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Configure, build, and leave the library where setuptools expects it."""
+        root, cmake, ninja = torch_root(), tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
+        if root is None:
+            raise RuntimeError(f'setup.py: torch must be installed first: pip install "{TORCH}"')
+        if cmake is None:
+            raise RuntimeError("setup.py: cmake must be installed: pip install cmake ninja")
+        cuda = os.environ.get("CROC_CUDA") or ("ON" if shutil.which("nvcc") else "OFF")
+        build = HERE / "build" / f"cmake-{sys.implementation.cache_tag}-cuda-{cuda.lower()}"
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        configure = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DTORCH_ROOT={root}",
+            f"-DCROC_CUDA={cuda}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+        ]
+        if ninja:
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        subprocess.run([cmake, "-S", str(HERE), "-B", str(build), *configure], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
+
+
+sources = sorted(
+    str(p.relative_to(HERE)) for p in HERE.glob("csrc/**/*") if p.suffix in {".cpp", ".cu", ".cuh", ".h"}
+)
+# pip asks for build requirements through egg_info; a later command must not fetch anything.
+missing_torch = "egg_info" in sys.argv and torch_root() is None
+setup(
+    ext_modules=[
+        Extension(
+            "croc_kernels._C", sources=[], depends=["CMakeLists.txt", *sources], py_limited_api=True
+        )
+    ],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=[TORCH] if missing_torch else [],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
