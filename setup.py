@@ -1,11 +1,13 @@
 """Builds ``croc_kernels._C`` with CMake; everything else about the package is in pyproject.toml.
 
-Only torch's headers and two of its libraries are needed, and torch is never imported. They are taken from, in this
-order: the environment variable ``TORCH_ROOT`` (torch's package directory), the torch of the running interpreter, and
-the torch of the environment that pip isolates a build from: installing an sdist next to a present torch fetches no
-second one. Where none is found, torch itself becomes a build requirement.
+Only torch's headers and two of its libraries are needed, and torch is never imported. They are
+taken from, in this order: the environment variable ``TORCH_ROOT`` (torch's package directory), the
+torch of the running interpreter, and the torch of the environment that pip isolates a build from:
+installing an sdist next to a present torch fetches no second one. Where none is found, torch itself
+becomes a build requirement.
 
-``CROC_CUDA=ON|OFF`` in the environment decides about the CUDA kernels; without it they are built if nvcc is there.
+``CROC_CUDA=ON|OFF`` in the environment decides about the CUDA kernels; without it they are built if
+nvcc is there.
 """
 
 import importlib
@@ -27,14 +29,17 @@ TORCH = "torch>=2.11,<2.16"
 def torch_root() -> Path | None:
     """Directory of an installed torch with headers, or None."""
     found = importlib.util.find_spec("torch")
-    candidates = [os.environ.get("TORCH_ROOT"), *(found.submodule_search_locations if found else [])]
+    candidates = [
+        os.environ.get("TORCH_ROOT"),
+        *(found.submodule_search_locations if found else []),
+    ]
     candidates.append(os.path.join(sysconfig.get_path("platlib"), "torch"))
     roots = [Path(c) for c in candidates if c]
     return next((r for r in roots if (r / "include/torch/csrc/stable/library.h").is_file()), None)
 
 
 def tool(name: str, directory: str) -> str | None:
-    """Path of ``cmake`` or ``ninja``: the Python package's own binary before whatever PATH holds."""
+    """Path of ``cmake`` or ``ninja``: the Python package's own binary before what PATH holds."""
     try:
         return shutil.which(name, path=getattr(importlib.import_module(name), directory))
     except ImportError:
@@ -42,7 +47,7 @@ def tool(name: str, directory: str) -> str | None:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake once per interpreter and variant; its build directory stays, so rebuilding is incremental."""
+    """Runs CMake per interpreter and variant in a directory that stays: rebuilds are incremental."""
 
     def build_extension(self, ext: Extension) -> None:
         """Configure, build, and leave the library where setuptools expects it."""
@@ -67,7 +72,9 @@ class CMakeBuild(build_ext):
 
 
 sources = sorted(
-    str(p.relative_to(HERE)) for p in HERE.glob("csrc/**/*") if p.suffix in {".cpp", ".cu", ".cuh", ".h"}
+    str(p.relative_to(HERE))
+    for p in HERE.glob("csrc/**/*")
+    if p.suffix in {".cpp", ".cu", ".cuh", ".h"}
 )
 # pip asks for build requirements through egg_info; a later command must not fetch anything.
 missing_torch = "egg_info" in sys.argv and torch_root() is None
