@@ -47,7 +47,7 @@ def tool(name: str, directory: str) -> str | None:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake per interpreter and variant in a directory that stays: rebuilds are incremental."""
+    """Runs CMake per interpreter and variant in a directory that stays: rebuilds are short."""
 
     def build_extension(self, ext: Extension) -> None:
         """Configure, build, and leave the library where setuptools expects it."""

@@ -1,4 +1,4 @@
-"""Rules for the whole suite: no network, few threads, a reason on every GPU skip, poisoned memory."""
+"""Rules for the whole suite: no network, few threads, reasons on GPU skips, poisoned memory."""
 
 import os
 import sys
@@ -49,12 +49,18 @@ def poisoned(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     return allocate
 
 
+def new_empty(tensor: torch.Tensor, *size: Any, **kwargs: Any) -> torch.Tensor:
+    """``Tensor.new_empty`` as an op: Dynamo can't trace the method once it is wrapped."""
+    shape = size[0] if isinstance(size[0], list | tuple) else size
+    return torch.ops.aten.new_empty.default(tensor, list(shape), **kwargs)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel leaves unwritten turns up as NaN instead of as yesterday's value."""
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
 
 
 @pytest.fixture(autouse=True)
