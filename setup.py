@@ -58,17 +58,19 @@ class CMakeBuild(build_ext):
             raise RuntimeError("setup.py: cmake must be installed: pip install cmake ninja")
         cuda = os.environ.get("CROC_CUDA") or ("ON" if shutil.which("nvcc") else "OFF")
         build = HERE / "build" / f"cmake-{sys.implementation.cache_tag}-cuda-{cuda.lower()}"
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DTORCH_ROOT={root}",
             f"-DCROC_CUDA={cuda}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
         ]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         subprocess.run([cmake, "-S", str(HERE), "-B", str(build), *configure], check=True)
         subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
+        # Not linked there: the variants share this path, and ninja would take one for the other.
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(build / "_C.abi3.so", output)
 
 
 sources = sorted(
