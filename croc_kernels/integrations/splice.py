@@ -24,6 +24,7 @@ class SplicedBatch(NamedTuple):
     position_ids: Tensor  # (B, L) int64, counted over valid tokens, 0 on padding
     image_id: Tensor  # (B, L) int64: which image a position belongs to, -1 for text and padding
     visual_index: Tensor  # (S,) int64 into the flattened (B * L), -1 for an image nothing shows
+    spans: Tensor  # (I, 3) int64: sample, first, past-the-end; first == past for such an image
 
 
 def splice_images(
@@ -77,7 +78,7 @@ def splice_images(
     length = _longest(batch, text_length, lengths, images_per_sample)
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    source, visual_index, image = _source_rows(
+    source, visual_index, image, spans = _source_rows(
         input_ids, attention_mask.bool(), lengths, length, padding_side
     )
     # Rows of the table: every text token, every visual token, and one row of zeros for padding.
@@ -97,6 +98,7 @@ def splice_images(
         position_ids=(mask.long().cumsum(1) - 1).clamp(min=0) * mask,
         image_id=image_table[source].view(batch, length),
         visual_index=visual_index,
+        spans=spans,
     )
 
 
@@ -147,8 +149,8 @@ def _check_images(images_needed: Tensor, images: int) -> None:
 
 def _source_rows(
     input_ids: Tensor, valid: Tensor, lengths: Sequence[int], length: int, padding_side: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Table row shown at each new position (B * L,), visual_index (S,), image of each row (S,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Table row at each new position (B * L,), visual_index, image of each row (S,), spans."""
     batch, text_length = input_ids.shape
     device, images, total = input_ids.device, len(lengths), sum(lengths)
     offsets = _offsets(lengths, device)
@@ -178,4 +180,8 @@ def _source_rows(
     visual_index = torch.where(row_begin >= 0, row_begin + row - offsets[row_image], -1)
     visual_slot = torch.where(visual_index >= 0, visual_index, nowhere)
     source.scatter_(0, visual_slot, batch * text_length + row)
-    return source[:-1], visual_index, row_image
+    first = image_begin[:-1]
+    count = torch.where(first >= 0, offsets[1:] - offsets[:-1], 0)
+    column = first.clamp(min=0) % max(length, 1)
+    spans = torch.stack([first.clamp(min=0) // max(length, 1), column, column + count], dim=1)
+    return source[:-1], visual_index, row_image, spans
