@@ -1,0 +1,69 @@
+"""Tile shapes of the cost kernels: frozen data and one pure function that picks them."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class CostConfig:
+    """Shape of one program of the product.
+
+    A program computes a (block_m, 2 * half_n) tile as two halves that share the token operand. Two
+    halves, because every block_k products are added to a second accumulator with a rounded float32
+    addition (see kernel.py): a half's partial sums and the whole tile's sums fit into 255
+    registers, two whole tiles do not.
+    """
+
+    block_m: int
+    half_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+# From offline compilation for each architecture (registers, spills, shared memory). Speed is not
+# measured yet.
+_HOPPER_16 = CostConfig(128, 128, 64, 8, 8, 4)
+_HOPPER_16_SMALL = CostConfig(128, 64, 64, 8, 8, 3)
+_AMPERE_16 = CostConfig(128, 64, 32, 8, 8, 4)
+_BLACKWELL_16 = CostConfig(128, 64, 64, 8, 8, 3)
+_FLOAT32 = CostConfig(64, 64, 32, 8, 8, 3)
+
+# Below this many tiles of the large shape the chip would be left partly idle: 132 multiprocessors
+# on an H200.
+_FULL_CHIP_TILES = 132
+
+
+def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int) -> CostConfig:
+    """The tile shape for one call.
+
+    Args:
+        arch: compute capability times ten, 90 for an H200.
+        dtype: of the tokens and of the pool.
+        rows: rows of the cost matrix, all images together.
+        pool_size: its columns.
+    """
+    if dtype == torch.float32:
+        return _FLOAT32
+    if arch >= 100:
+        return _BLACKWELL_16
+    if arch < 90:
+        return _AMPERE_16
+    large = _HOPPER_16
+    tiles = -(-rows // large.block_m) * -(-pool_size // (2 * large.half_n))
+    return large if tiles >= _FULL_CHIP_TILES else _HOPPER_16_SMALL
+
+
+def candidates(dtype: torch.dtype) -> tuple[CostConfig, ...]:
+    """The shapes that a tuning run should time."""
+    if dtype == torch.float32:
+        return (_FLOAT32, CostConfig(128, 64, 32, 8, 8, 3), CostConfig(64, 64, 32, 8, 4, 3))
+    return tuple(
+        CostConfig(block_m, half_n, block_k, group_m, 8, stages)
+        for block_m, half_n in ((128, 128), (128, 64))
+        for block_k in (32, 64)
+        for group_m in (4, 8, 16)
+        for stages in (3, 4)
+    )
