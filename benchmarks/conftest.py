@@ -1,0 +1,78 @@
+"""Device, ceilings and clock of the benchmarks; a wrong result is never timed."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+import torch
+from _pytest.reports import TestReport
+
+from . import timing
+
+CEILING = pytest.StashKey[dict[str, float]]()
+OUTCOMES = pytest.StashKey[dict[str, list[dict[str, str]]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.addoption("--device", default=default, choices=("cuda", "cpu"))
+    parser.addoption("--outcomes", type=Path, help="JSON of what was skipped or failed, and why")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cases(cuda, cpu): what a benchmark is run on")
+    config.stash[OUTCOMES] = {"absent": [], "failed": []}
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``@pytest.mark.cases(cuda=..., cpu=...)``: the cases of the device this run is on."""
+    if "case" in metafunc.fixturenames:
+        cases = metafunc.definition.get_closest_marker("cases").kwargs
+        chosen = cases[metafunc.config.getoption("--device")]
+        metafunc.parametrize("case", chosen, ids=lambda case: case.name)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    device = torch.device(config.getoption("--device"))
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=timing.clock(device)))
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def ceiling(request: pytest.FixtureRequest, device: torch.device) -> timing.Ceiling:
+    measured = timing.measure_ceiling(device)
+    request.config.stash[CEILING] = dataclasses.asdict(measured)
+    return measured
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, TestReport, TestReport]:
+    report = yield
+    outcomes = item.config.stash[OUTCOMES]
+    row = {"row": item.nodeid.split("::")[-1]}
+    if report.skipped:
+        outcomes["absent"].append(row | {"reason": report.longrepr[2].removeprefix("Skipped: ")})
+    elif report.failed:
+        message = str(report.longrepr).strip().splitlines()
+        outcomes["failed"].append(row | {"reason": message[-1] if message else "no message"})
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--outcomes")
+    if path is not None:
+        path.write_text(json.dumps(session.config.stash[OUTCOMES]))
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    output_json["ceiling"] = config.stash.get(CEILING, None)
