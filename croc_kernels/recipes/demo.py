@@ -1,0 +1,97 @@
+"""The whole stage on the pictures that come with scikit-image, scikit-learn and matplotlib; no hub,
+no network.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from ..integrations import transformers as integration
+from .checkpoints import clean, write_directory
+from .demo_data import write_demo_data
+from .demo_model import write_demo_model
+from .options import StageArguments
+from .pictures import plot_pictures
+from .pretrain import FINAL, Stage, first_and_last, set_up, train
+from .probe import Probe, probe_picture
+
+logger = logging.getLogger("croc_kernels")
+PICTURES = ("chelsea", "astronaut", "coffee", "china")
+CAPTIONED = "rocket"
+QUESTION = "What is this?"
+
+
+def prepare(stage: StageArguments, seed: int) -> None:
+    """Write data and model below ``output/demo`` unless they are there, and point the options at
+    them.
+    """
+    folder = Path(stage.output) / "demo"
+    clean(Path(stage.output))
+    if not folder.is_dir():
+
+        def write(staged: Path) -> None:
+            data_file, _ = write_demo_data(staged)
+            write_demo_model(data_file, staged / "model", seed)
+
+        write_directory(folder, write)
+    stage.data, stage.image_folder = str(folder / "data.json"), str(folder / "images")
+    stage.model = str(folder / "model")
+
+
+def _probes(stage: Stage, names: tuple[str, ...]) -> list[Probe]:
+    positions = {}
+    for position in range(len(stage.dataset)):
+        images = stage.dataset.records[position][1].images
+        if len(images) == 1:
+            positions.setdefault(Path(images[0]).stem, position)
+    return [
+        probe_picture(stage.model, stage.layer, stage.dataset, positions[name], seed=number)
+        for number, name in enumerate(names)
+    ]
+
+
+@torch.no_grad()
+def caption(directory: Path, picture: Path) -> str:
+    """Load a saved model and have it answer the demo's question about a picture."""
+    from transformers import AutoProcessor
+
+    model = integration.from_pretrained(directory).eval()
+    processor = AutoProcessor.from_pretrained(directory)
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    with Image.open(picture) as image:
+        inputs = processor(images=[image.convert("RGB")], text=prompt, return_tensors="pt")
+    ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    answer = ids[0, inputs["input_ids"].shape[1] :]
+    return processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def run_demo(stage_arguments: StageArguments, training: TrainingArguments) -> int:
+    """Train, plot, load what was saved, caption a picture; 0 if both losses have fallen, else 1."""
+    # The demo's output is its own few lines, not the library's notices about optional back ends.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    prepare(stage_arguments, training.seed)
+    output = Path(stage_arguments.output)
+    stage = set_up(stage_arguments, training)
+    stage.model.to(training.device)
+    before = _probes(stage, PICTURES)
+    train(stage)
+    after = _probes(stage, PICTURES)
+    plot_pictures(PICTURES, before, after, stage.layer.pool, output / "pictures.png")
+    losses = first_and_last(stage.trainer.state.log_history)
+    for name, (first, last) in losses.items():
+        print(f"{name.replace('_', ' ')}: first {first:.4f}, last {last:.4f}")
+    picture = Path(stage_arguments.image_folder) / f"{CAPTIONED}.png"
+    print(f"{picture.name}, {QUESTION!r}: {caption(output / FINAL, picture)!r}")
+    print(f"saved: {output / FINAL}, {output / 'losses.png'}, {output / 'pictures.png'}")
+    risen = [name for name, (first, last) in losses.items() if not last < first]
+    if risen:
+        print(f"demo: {' and '.join(risen)} must fall, but did not")
+    return 1 if risen else 0
