@@ -1,0 +1,162 @@
+// Synchronous bidding: every free row bids for its nearest column at once, the best bid per column wins, the row it
+// drives out is free again. Keeps u_i + v_j <= c_ij (+ epsilon on matched pairs) and only ever lowers v.
+#pragma once
+
+#include "warm_start.cuh"
+
+namespace croc::gpu {
+
+constexpr int kNobody = 0x7fffffff;
+
+struct Bid {
+  double least, second;  // the two smallest reduced costs of the row
+  int column;            // of the least; an unmatched one if there is a choice
+};
+
+// One warp scans one row.
+template <class T>
+__device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
+  constexpr unsigned kMatched = 1u << 31;
+  const int turn = rotation(row, costs.m);
+  double least = infinity(), second = infinity();
+  unsigned key = ~0u;
+  for_row(costs, row, [&](int first, const double(&x)[4]) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int j = first + k;
+      if (j >= costs.m) continue;
+      const double reduced = x[k] - s.v[j];
+      if (reduced > least) {
+        second = fmin(second, reduced);
+        continue;
+      }
+      const unsigned mine = rotated(j, turn, costs.m) | (s.row_of[j] >= 0 ? kMatched : 0u);
+      if (reduced < least || mine < key) {
+        second = least;
+        least = reduced;
+        key = mine;
+      } else {
+        second = reduced;
+      }
+    }
+  });
+  const Least found = warp_least({ordered(least), key});
+  const bool winner = found.value == ordered(least) && found.key == key;
+  const uint64_t runner_up = warp_min(ordered(winner ? second : least));
+  return {from_ordered(found.value), from_ordered(runner_up),
+          unrotated(found.key & ~kMatched, turn, costs.m)};
+}
+
+// Bids for all free rows; returns whether any was made. Without an epsilon a bid that would not lower the dual of
+// a taken column is not made: it could go round for ever.
+template <class T>
+__device__ bool place_bids(const Costs<T>& costs, const State& s, int num_free, double epsilon) {
+  int made = 0;
+  for (int k = warp_id(); k < num_free; k += warp_count()) {
+    const int row = s.free_rows[k];
+    const Bid bid = find_bid(costs, s, row);
+    if (lane_id() != 0) continue;
+    const bool taken = s.row_of[bid.column] >= 0;
+    // The only column a row may have: any price is right, so none is made up.
+    double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
+    if (!is_finite(bid.least) || (taken && !(step > 0.0))) {
+      s.target[row] = -1;
+      continue;
+    }
+    step = fmax(step, 0.0);
+    s.target[row] = bid.column;
+    s.bid[row] = s.v[bid.column] - step;
+    s.u[row] = bid.least + step;
+    atomicMin(reinterpret_cast<unsigned long long*>(&s.best[bid.column]),
+              static_cast<unsigned long long>(ordered(s.bid[row])));
+    made = 1;
+  }
+  return __syncthreads_or(made) != 0;
+}
+
+// The best bid of each column takes it; among equal bids the lowest row.
+__device__ inline void award(const State& s, int num_free) {
+  for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
+    const int row = s.free_rows[k], column = s.target[row];
+    if (column >= 0 && s.best[column] == ordered(s.bid[row])) atomicMin(&s.path[column], row);
+  }
+  __syncthreads();
+  for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
+    const int row = s.free_rows[k], column = s.target[row];
+    if (column < 0 || s.path[column] != row) continue;
+    const int before = s.row_of[column];
+    if (before >= 0) s.column_of[before] = -1;
+    s.row_of[column] = row;
+    s.column_of[row] = column;
+    s.v[column] = s.bid[row];
+  }
+  __syncthreads();
+  for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
+    const int column = s.target[s.free_rows[k]];
+    if (column >= 0) s.best[column] = ~uint64_t{0}, s.path[column] = kNobody;
+  }
+  __syncthreads();
+}
+
+// Rounds until at most `enough` rows are free, no bid can be made, or the limit is reached. Returns the free rows,
+// listed in s.free_rows.
+template <class T>
+__device__ int bid(const Costs<T>& costs, const State& s, double epsilon, int limit, int enough,
+                   int* rounds, int* bids) {
+  const auto free = [&](int row) { return s.column_of[row] < 0; };
+  int num_free = block_collect(costs.n, s.free_rows, free);
+  for (int round = 0; round < limit && num_free > enough; ++round) {
+    ++*rounds;
+    *bids += num_free;
+    const bool made = place_bids(costs, s, num_free, epsilon);
+    award(s, num_free);
+    if (!made) break;
+    num_free = block_collect(costs.n, s.free_rows, free);
+  }
+  return num_free;
+}
+
+constexpr int kEnoughFree = 8;     // a row less costs bidding more than a path of its own
+constexpr int kBiddingRounds = 40;
+
+template <class T>
+__device__ int search_bids(const Costs<T>& costs, const State& s, int* counters) {
+  return bid(costs, s, 0.0, kBiddingRounds, kEnoughFree, &counters[kRounds], &counters[kBids]);
+}
+
+// Matches every row that is alone with its nearest column, or first in line for it.
+__device__ inline void match_nearest(const State& s, int n, int m) {
+  for (int j = threadIdx.x; j < m; j += blockDim.x) {
+    s.row_of[j] = -1;
+    s.path[j] = kNobody;
+    s.best[j] = ~uint64_t{0};
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += blockDim.x) atomicMin(&s.path[s.column_of[i]], i);
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    const int column = s.column_of[i];
+    if (s.path[column] == i) s.row_of[column] = i;
+    else s.column_of[i] = -1;
+  }
+  __syncthreads();
+  for (int j = threadIdx.x; j < m; j += blockDim.x) s.path[j] = kNobody;
+  __syncthreads();
+}
+
+// u = min(c - v) for free rows and c - v on the matched pairs, which are tight up to rounding.
+template <class T>
+__device__ void settle_rows(const Costs<T>& costs, const State& s, int num_free) {
+  for (int k = warp_id(); k < num_free; k += warp_count()) {
+    const int row = s.free_rows[k];
+    const Bid bid = find_bid(costs, s, row);
+    if (lane_id() == 0) s.u[row] = bid.least;
+  }
+  for (int i = threadIdx.x; i < costs.n; i += blockDim.x) {
+    const int column = s.column_of[i];
+    if (column >= 0) s.u[i] = costs.at(i, column) - s.v[column];
+  }
+  __syncthreads();
+}
+
+}  // namespace croc::gpu

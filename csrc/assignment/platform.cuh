@@ -1,0 +1,27 @@
+// What the device code needs from its compiler. It is built twice: by nvcc, and by a host compiler against
+// tests/cuda_emulation, where a block's threads are fibers. No torch here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#ifdef CROC_EMULATION
+#include "emulation.h"
+#else
+#include <cuda_runtime.h>
+#define CROC_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace croc::gpu {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWarp = 32;
+
+__device__ inline double infinity() { return __longlong_as_double(0x7ff0000000000000LL); }
+__device__ inline bool is_finite(double x) { return x - x == 0.0; }
+
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) & (kWarp - 1); }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
+__device__ inline int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }
+
+}  // namespace croc::gpu

@@ -1,0 +1,213 @@
+// One assignment problem as the kernels see it: its costs, its size, its place in the workspace.
+//
+// The solver works on n rows <= m columns. A problem with more rows than columns is read through swapped strides,
+// decided per problem on the device, since num_rows lives there.
+#pragma once
+
+#include "block.cuh"
+
+namespace croc::gpu {
+
+enum Status : int { kOk = 0, kInvalid = 1, kInfeasible = 2, kCapped = 3 };
+
+// Where a phase's work went; read by benchmarks and by the emulation's tests.
+enum Counter { kRounds, kBids, kAuctionRounds, kFreeAfterGreedy, kFreeAfterBidding, kRowScans, kColumnScans,
+               kReversed, kCounters };
+
+// What the kernels of one problem tell each other.
+struct Scalars {
+  int status;
+  int low_exponent;   // every finite cost is a multiple of 2^low_exponent
+  int high_exponent;  // and smaller than 2^(high_exponent + 1)
+  int from_means;     // the start of the column duals: 1 column means, 0 zero
+  int raised;         // 1 if an unmatched column has a negative dual
+  double temperature;  // of the Sinkhorn steps; 0: none
+  double slack;        // Sinkhorn potential of the row that takes the m - n columns left over
+  int counters[kCounters];
+};
+
+struct Arguments {
+  const void* cost;      // (batch, rows, columns), contiguous, float or double
+  const void* num_rows;  // (batch,) int32 or int64, or null: all rows
+  bool wide_num_rows;
+  bool vectors;  // 16-byte loads along a row are aligned
+  bool maximize;
+  int batch, rows, columns;
+  int64_t* index;       // (batch, rows)
+  double* row_dual;     // (batch, rows)
+  double* column_dual;  // (batch, columns)
+  double* gap;          // (batch,)
+  int32_t* status;      // (batch,)
+  unsigned char* workspace;
+  int64_t workspace_stride;  // bytes per problem
+  bool large;                // the sequential phases keep their state in the workspace, not in shared memory
+
+  __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }
+  __host__ __device__ int max_m() const { return rows < columns ? columns : rows; }
+};
+
+// Hands out consecutive arrays of a memory block, or, with a null base, only counts the bytes.
+struct Carver {
+  unsigned char* base;
+  int64_t used = 0;
+
+  template <class T>
+  __host__ __device__ T* take(int64_t count) {
+    T* array = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return array;
+  }
+};
+
+// State of the sequential phases: in shared memory, or in the workspace if it does not fit.
+struct State {
+  double* v;       // (m) column duals
+  double* u;       // (n) row duals
+  int* row_of;     // (m) matched row of a column, or -1
+  int* column_of;  // (n) matched column of a row, or -1
+  int* path;       // (m) predecessor on a shortest path; while bidding: the row that wins a column
+  int* list;       // (m) work list of rows or columns
+  uint64_t* best;  // (m) while bidding: the best bid for a column
+  double* bid;     // (n) while bidding: a row's bid
+  int* target;     // (n) and the column it is for
+  double* reach;   // (m) distances, and
+  int* tree;       // (m) whether in the tree: only in the workspace, else in registers
+
+  __host__ __device__ int64_t carve(unsigned char* base, int n, int m, bool large) {
+    Carver carver{base};
+    v = carver.take<double>(m);
+    u = carver.take<double>(n);
+    row_of = carver.take<int>(m);
+    column_of = carver.take<int>(n);
+    path = carver.take<int>(m);
+    best = carver.take<uint64_t>(m);
+    list = reinterpret_cast<int*>(best);  // reverse pass: its columns
+    bid = carver.take<double>(n);
+    target = carver.take<int>(n);
+    free_rows = carver.take<int>(n);
+    reach = large ? carver.take<double>(m) : nullptr;
+    tree = large ? carver.take<int>(m) : nullptr;
+    return carver.used;
+  }
+
+  int* free_rows;  // (n) rows without a column
+};
+
+struct Workspace {
+  Scalars* scalars;
+  double* v;           // (m) column duals
+  double* u;           // (n) row duals; row minima
+  double* potential;   // (m) column means, then Sinkhorn potentials
+  double* row_value;   // (n) row minima under the duals from the means; Sinkhorn potentials; slacks
+  double* row_least;   // (n) row minima of the costs themselves
+  float* row_spread;   // (n) distance from the least to about the ninth reduced cost
+  int* row_of;         // (m)
+  int* column_of;      // (n); first the column of each row's least reduced cost
+  unsigned char* state;
+
+  __host__ __device__ int64_t carve(unsigned char* base, int n, int m, bool large) {
+    Carver carver{base};
+    scalars = carver.take<Scalars>(1);
+    v = carver.take<double>(m);
+    u = carver.take<double>(n);
+    potential = carver.take<double>(m);
+    row_value = carver.take<double>(n);
+    row_least = carver.take<double>(n);
+    row_spread = carver.take<float>(n);
+    row_of = carver.take<int>(m);
+    column_of = carver.take<int>(n);
+    State s;
+    state = carver.take<unsigned char>(large ? s.carve(nullptr, n, m, true) : 0);
+    return carver.used;
+  }
+};
+
+template <class T>
+struct Costs {
+  const T* base;
+  int64_t row_stride, column_stride;
+  int n, m;  // rows <= columns
+  T sign;
+  bool vectors;
+
+  __device__ double at(int row, int column) const {
+    return static_cast<double>(sign * __ldg(base + row * row_stride + column * column_stride));
+  }
+
+  // Columns first..first+3 of a row; +inf beyond the last one.
+  __device__ void four(int row, int first, double (&out)[4]) const {
+    const T* p = base + row * row_stride;
+    if (vectors && first < m) {
+      load_vector(p + first, out);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      out[k] = first + k < m ? static_cast<double>(sign * __ldg(p + (first + k) * column_stride))
+                             : infinity();
+  }
+
+ private:
+  __device__ void load_vector(const float* p, double (&out)[4]) const {
+    const float4 x = __ldg(reinterpret_cast<const float4*>(p));
+    out[0] = sign * x.x, out[1] = sign * x.y, out[2] = sign * x.z, out[3] = sign * x.w;
+  }
+  __device__ void load_vector(const double* p, double (&out)[4]) const {
+    const double2 x = __ldg(reinterpret_cast<const double2*>(p));
+    const double2 y = __ldg(reinterpret_cast<const double2*>(p) + 1);
+    out[0] = sign * x.x, out[1] = sign * x.y, out[2] = sign * y.x, out[3] = sign * y.y;
+  }
+};
+
+// The block's problem: blockIdx.x in every kernel.
+template <class T>
+struct Problem {
+  Costs<T> costs;
+  Workspace work;
+  int n, m;
+  int used_rows;  // of the caller's matrix
+  bool swapped;   // the solver's rows are the caller's columns
+
+  __device__ explicit Problem(const Arguments& a) {
+    const int64_t b = blockIdx.x;
+    used_rows = a.rows;
+    if (a.num_rows != nullptr) {
+      const int64_t given = a.wide_num_rows ? static_cast<const int64_t*>(a.num_rows)[b]
+                                            : static_cast<const int32_t*>(a.num_rows)[b];
+      used_rows = static_cast<int>(given < 0 ? 0 : given < a.rows ? given : a.rows);
+    }
+    swapped = used_rows > a.columns;
+    n = swapped ? a.columns : used_rows;
+    m = swapped ? used_rows : a.columns;
+    const T* base = static_cast<const T*>(a.cost) + b * a.rows * a.columns;
+    const int64_t across = a.columns;
+    costs = {base, swapped ? 1 : across, swapped ? across : 1, n, m,
+             static_cast<T>(a.maximize ? -1 : 1), a.vectors && !swapped};
+    work.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.large);
+  }
+
+  __device__ Scalars& scalars() const { return *work.scalars; }
+  __device__ bool failed() const { return work.scalars->status != kOk; }
+};
+
+// A row's own order of the columns, for ties: it starts at `turn`, far from where its neighbours start.
+__device__ inline int rotation(int row, int m) {
+  return static_cast<int>((static_cast<uint64_t>(row) * 2654435769u & 0xffffffffu) * m >> 32);
+}
+__device__ inline unsigned rotated(int column, int turn, int m) {
+  return static_cast<unsigned>(column >= turn ? column - turn : column - turn + m);
+}
+__device__ inline int unrotated(unsigned key, int turn, int m) {
+  const int column = static_cast<int>(key) + turn;
+  return column >= m ? column - m : column;
+}
+
+// Rounds a column dual to the grid of the costs: where their range spans fewer than 50 bits of it, all later sums
+// and differences are exact. Any number <= 0 is a valid start; what is not one becomes 0.
+__device__ inline double on_grid(double x, const Scalars& s) {
+  if (!(x < 0.0) || !is_finite(x)) return 0.0;
+  if (s.high_exponent - s.low_exponent > 50 || s.low_exponent < -1000) return x;
+  return ldexp(rint(ldexp(x, -s.low_exponent)), s.low_exponent);
+}
+
+}  // namespace croc::gpu

@@ -1,0 +1,130 @@
+// The reverse pass. After the forward phases every row is matched, but a column that nobody took may still have a
+// negative dual: it was priced for a demand that did not come. Each such column is raised to zero, or takes a row.
+#pragma once
+
+#include "paths.cuh"
+
+namespace croc::gpu {
+
+// Grid (batch, stripes): raise every unmatched column as far as the row duals let it, all at once.
+template <class T>
+__global__ void raise_columns(Arguments a) {
+  const Problem<T> p(a);
+  if (p.failed() || p.n == 0 || stripe_start() >= p.m || !p.scalars().raised) return;
+  const int column = stripe_start() + static_cast<int>(threadIdx.x);
+  const bool mine = threadIdx.x < kStripe && column < p.m && p.work.row_of[column] < 0 &&
+                    p.work.v[column] < 0.0;
+  if (!__syncthreads_or(mine)) return;
+  __shared__ double rooms[kStripeThreads / kWarp][kStripe];
+  double room[4] = {infinity(), infinity(), infinity(), infinity()};
+  for_stripe(p.costs, stripe_first(), [&](int row, const double(&x)[4]) {
+    const double u = p.work.u[row];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) room[k] = fmin(room[k], x[k] - u);
+  });
+#pragma unroll
+  for (int k = 0; k < 4; ++k) rooms[warp_id()][4 * lane_id() + k] = room[k];
+  __syncthreads();
+  if (!mine) return;
+  double least = infinity();
+  for (int w = 0; w < warp_count(); ++w) least = fmin(least, rooms[w][threadIdx.x]);
+  p.work.v[column] = fmin(0.0, fmax(p.work.v[column], least));
+}
+
+struct Release {
+  int column;   // ends with dual zero and without a row
+  double rise;  // of the first column's dual
+  int steps;
+};
+
+// Dijkstra over columns, from one that is unmatched with a negative dual, until no column closer to zero can be found.
+template <class T, int kGroups>
+__device__ Release shortest_release(const Costs<T>& costs, const State& s, Reached<kGroups>& reached,
+                                    int source) {
+  reached.clear(s, costs.n);
+  Release best{source, -s.v[source], 0};
+  int column = source, taken = -1;
+  double distance = 0.0;
+  while (true) {
+    const double base = distance - s.v[column];
+    double least = infinity();
+    unsigned key = ~0u;
+    for_own_rows<kGroups>(costs.n, [&](int slot, int i) {
+      const double x = costs.at(i, column);
+      if (i == taken) reached.enter(s, slot, i);
+      if (reached.in_tree(s, slot, i)) return;
+      const double through = base + (x - s.u[i]);
+      double now = reached.get(s, slot, i);
+      if (through < now) reached.set(s, slot, i, now = through, column);
+      if (now < least) least = now, key = static_cast<unsigned>(i);
+    });
+    const Least next = block_least({ordered(least), key}, best.steps++);
+    const double reach = from_ordered(next.value);
+    if (next.key == ~0u || !(reach < best.rise)) return best;
+    distance = reach;
+    taken = static_cast<int>(next.key);
+    column = s.column_of[taken];
+    if (distance - s.v[column] < best.rise) best.rise = distance - s.v[column], best.column = column;
+  }
+}
+
+template <class T, int kGroups>
+__device__ void release(const Costs<T>& costs, const State& s, Reached<kGroups>& reached, int source,
+                        Release end) {
+  for_own_rows<kGroups>(costs.n, [&](int slot, int i) {
+    if (!reached.in_tree(s, slot, i)) return;
+    const double shift = end.rise - reached.get(s, slot, i);
+    if (!(shift > 0.0)) return;
+    s.u[i] -= shift;
+    s.v[s.column_of[i]] += shift;
+  });
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    s.v[source] += end.rise;
+    s.v[end.column] = 0.0;
+    if (end.column != source) {
+      int row = s.row_of[end.column], column;
+      s.row_of[end.column] = -1;
+      do {
+        column = s.path[row];
+        const int next = s.row_of[column];
+        s.row_of[column] = row;
+        s.column_of[row] = column;
+        row = next;
+      } while (column != source);
+    }
+  }
+  __syncthreads();
+}
+
+// Grid (batch).
+template <class T, int kGroups>
+__global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) {
+  CROC_DYNAMIC_SHARED(shared);
+  const Problem<T> p(a);
+  if (p.failed() || p.n == 0 || !p.scalars().raised) return;
+  State s;
+  s.carve(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.v[j] = p.work.v[j], s.row_of[j] = p.work.row_of[j];
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x)
+    s.u[i] = p.work.u[i], s.column_of[i] = p.work.column_of[i];
+  __syncthreads();
+  const int count = block_collect(p.m, s.list, [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
+  int steps = 0;
+  Reached<kGroups> reached;
+  for (int k = 0; k < count; ++k) {
+    const int source = s.list[k];
+    const Release end = shortest_release<T>(p.costs, s, reached, source);
+    steps += end.steps;
+    release(p.costs, s, reached, source, end);
+  }
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.work.v[j] = s.v[j], p.work.row_of[j] = s.row_of[j];
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x)
+    p.work.u[i] = s.u[i], p.work.column_of[i] = s.column_of[i];
+  if (threadIdx.x == 0) {
+    p.scalars().counters[kColumnScans] = steps;
+    p.scalars().counters[kReversed] = count;
+  }
+}
+
+}  // namespace croc::gpu

@@ -1,0 +1,122 @@
+// A small CUDA on the host, enough to run csrc/assignment/*.cuh as they are: blocks run one after another, the
+// threads of a block are fibers that switch only where CUDA lets threads wait for each other. The order of fibers
+// is a seeded shuffle, so a missing barrier shows as a result that depends on the seed.
+//
+// It checks what a GPU leaves undefined: a barrier that part of a block reaches elsewhere or never, and a warp
+// operation whose lanes are not all there. It does not model memory ordering inside one step of a fiber.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define __device__
+#define __host__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define CROC_DYNAMIC_SHARED(name) unsigned char* name = emulation::dynamic_shared()
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float4 { float x, y, z, w; };
+struct double2 { double x, y; };
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+// All block on the calling fiber until its warp or block is complete. `site` names the source line: threads that
+// wait for each other at different lines are an error.
+enum class Op { kBarrier, kBarrierOr, kReduceMin, kReduceMax, kReduceAdd, kReduceMinSigned, kReduceMaxSigned, kBallot };
+uint64_t block_wait(Op op, uint64_t value, int site);
+uint64_t warp_reduce(Op op, uint64_t value, int site);
+uint64_t warp_shuffle(uint64_t value, int source, int site);
+void check_mask(unsigned mask);
+void maybe_switch();  // before an atomic: other threads may come first
+unsigned char* dynamic_shared();
+
+template <class T>
+uint64_t to_bits(T x) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &x, sizeof(T));
+  return bits;
+}
+template <class T>
+T from_bits(uint64_t bits) {
+  T x;
+  std::memcpy(&x, &bits, sizeof(T));
+  return x;
+}
+template <class T>
+T shuffle(unsigned mask, T x, int source, int site) {
+  check_mask(mask);
+  return from_bits<T>(warp_shuffle(to_bits(x), source, site));
+}
+template <class T>
+T update(T* address, T value) {
+  const T before = *address;
+  *address = value;
+  return before;
+}
+
+}  // namespace emulation
+
+#define __syncthreads() ((void)emulation::block_wait(emulation::Op::kBarrier, 0, __LINE__))
+#define __syncthreads_or(x) \
+  (static_cast<int>(emulation::block_wait(emulation::Op::kBarrierOr, static_cast<uint64_t>((x) != 0), __LINE__)))
+#define __shfl_sync(mask, value, lane) emulation::shuffle(mask, value, (lane) & 31, __LINE__)
+#define __shfl_xor_sync(mask, value, step) \
+  emulation::shuffle(mask, value, (static_cast<int>(threadIdx.x) & 31) ^ (step), __LINE__)
+
+inline unsigned __reduce_min_sync(unsigned mask, unsigned x, int site = __builtin_LINE()) {
+  emulation::check_mask(mask);
+  return static_cast<unsigned>(emulation::warp_reduce(emulation::Op::kReduceMin, x, site));
+}
+inline int __reduce_min_sync(unsigned mask, int x, int site = __builtin_LINE()) {
+  emulation::check_mask(mask);
+  return static_cast<int>(emulation::warp_reduce(emulation::Op::kReduceMinSigned, static_cast<uint64_t>(x), site));
+}
+inline int __reduce_max_sync(unsigned mask, int x, int site = __builtin_LINE()) {
+  emulation::check_mask(mask);
+  return static_cast<int>(emulation::warp_reduce(emulation::Op::kReduceMaxSigned, static_cast<uint64_t>(x), site));
+}
+inline unsigned __reduce_add_sync(unsigned mask, unsigned x, int site = __builtin_LINE()) {
+  emulation::check_mask(mask);
+  return static_cast<unsigned>(emulation::warp_reduce(emulation::Op::kReduceAdd, x, site));
+}
+inline unsigned __ballot_sync(unsigned mask, bool x, int site = __builtin_LINE()) {
+  emulation::check_mask(mask);
+  return static_cast<unsigned>(emulation::warp_reduce(emulation::Op::kBallot, x, site));
+}
+inline int __any_sync(unsigned mask, int x, int site = __builtin_LINE()) {
+  return __ballot_sync(mask, x != 0, site) != 0;
+}
+
+template <class T>
+T __ldg(const T* address) { return *address; }
+
+template <class T>
+T atomicMin(T* address, T value) {
+  emulation::maybe_switch();
+  return emulation::update(address, std::min(*address, value));
+}
+template <class T>
+T atomicMax(T* address, T value) {
+  emulation::maybe_switch();
+  return emulation::update(address, std::max(*address, value));
+}
+
+inline int64_t __double_as_longlong(double x) { return emulation::from_bits<int64_t>(emulation::to_bits(x)); }
+inline double __longlong_as_double(int64_t x) { return emulation::from_bits<double>(emulation::to_bits(x)); }
+inline unsigned __float_as_uint(float x) { return emulation::from_bits<unsigned>(emulation::to_bits(x)); }
+inline float __uint_as_float(unsigned x) { return emulation::from_bits<float>(emulation::to_bits(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+using std::fmax, std::fmin, std::ldexp, std::log, std::max, std::min, std::rint;
