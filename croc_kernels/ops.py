@@ -46,7 +46,8 @@ def _empty_like_heads(q: Tensor, length: int, heads: int, dim: int) -> Tensor:
 
 def _mixed_attention_fwd_fake(q, k, v, start, end, visible_until, scale, softcap):
     out = _empty_like_heads(q, q.shape[2], q.shape[1], v.shape[3])
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty(q.shape[:3], dtype=precision)
 
 
 def _mixed_attention_bwd_fake(
@@ -119,7 +120,9 @@ def _linear_assignment_fake(cost, num_rows, maximize):
     )
 
 
-# Results: index, row_dual, column_dual, gap, status. The first op is implemented in csrc/.
+# Results: index (B, N), row_dual (B, N), column_dual (B, M), gap (B,), status (B,), explained at
+# LinearAssignment in assignment/api.py. cost is (B, N, M) float32 or float64, num_rows (B,) int32 or
+# int64. The first op is implemented in csrc/.
 _ASSIGNMENT = (
     "(Tensor cost, Tensor? num_rows, bool maximize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
@@ -133,25 +136,53 @@ linear_assignment_reference = _define(
     cpu=".assignment.reference:linear_assignment",
     fake=_linear_assignment_fake,
 )
+# A copy of index, or an error that names the first unsolved problem: waits for the device.
+linear_assignment_checked = _define(
+    "linear_assignment_checked(Tensor index, Tensor status, Tensor cost, Tensor? num_rows, "
+    "bool maximize, str function) -> Tensor",
+    triton=".assignment.failures:checked_index",
+    cpu=".assignment.failures:checked_index",
+    fake=lambda index, status, cost, num_rows, maximize, function: torch.empty_like(index),
+)
+
+
+def _native_missing() -> dict[str, str]:
+    """Why there is no compiled assignment solver, for each device type that has none."""
+    try:
+        importlib.import_module("._C", __package__)
+    except ImportError as error:
+        reason = f"croc_kernels._C can't be imported: {error}"
+        return {"cpu": reason, "cuda": reason}
+    built = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {
+        device: f"croc_kernels._C was built without {device.upper()}"
+        for device in ("cpu", "cuda")
+        if not built("croc_kernels::linear_assignment", device.upper())
+    }
+
+
+# Importing the extension registers its implementations; that it is missing is no error by itself.
+ASSIGNMENT_MISSING = _native_missing()
 
 
 # --- replacement -------------------------------------------------------------------------------
 
 
-def _replace_tokens_bwd_fake(grad_out, source, pool_size, embeddings_grad, pool_grad):
+def _replace_tokens_bwd_fake(grad_out, source, pool_size, pool_dtype, embeddings_grad, pool_grad):
     embeddings = grad_out.new_empty(grad_out.shape if embeddings_grad else (0,))
-    return embeddings, grad_out.new_empty((pool_size if pool_grad else 0, grad_out.shape[-1]))
+    pool_shape = (pool_size if pool_grad else 0, grad_out.shape[-1])
+    return embeddings, grad_out.new_empty(pool_shape, dtype=pool_dtype)
 
 
 def _reconstruction_loss_fwd_fake(prediction, target, where, beta, prediction_grad):
+    double = torch.float64 in (prediction.dtype, target.dtype)
+    dtype = torch.float64 if double else torch.float32
     gradient = prediction.new_empty(prediction.shape if prediction_grad else (0,))
-    return (
-        prediction.new_empty((), dtype=torch.float32),
-        prediction.new_empty((), dtype=torch.float32),
-        gradient,
-    )
+    return prediction.new_empty((), dtype=dtype), prediction.new_empty((), dtype=dtype), gradient
 
 
+# source: (T,) int64 over the flat rows: -1 keeps the embedding, else the pool row; rows that the
+# pool does not have raise on CPU and become NaN on CUDA.
 replace_tokens_fwd = _define(
     "replace_tokens_fwd(Tensor embeddings, Tensor pool, Tensor source) -> Tensor",
     triton=".replacement.kernel:replace_tokens_fwd",
@@ -159,17 +190,26 @@ replace_tokens_fwd = _define(
     fake=lambda embeddings, pool, source: embeddings.new_empty(embeddings.shape),
 )
 replace_tokens_bwd = _define(
-    "replace_tokens_bwd(Tensor grad_out, Tensor source, int pool_size, bool embeddings_grad, "
-    "bool pool_grad) -> (Tensor, Tensor)",
+    "replace_tokens_bwd(Tensor grad_out, Tensor source, SymInt pool_size, ScalarType pool_dtype, "
+    "bool embeddings_grad, bool pool_grad) -> (Tensor, Tensor)",
     triton=".replacement.kernel:replace_tokens_bwd",
     cpu=".replacement.cpu:replace_tokens_bwd",
     fake=_replace_tokens_bwd_fake,
 )
-# Sum over the selected tokens' components, how many tokens, and d(sum)/d(prediction): one pass.
+# Sum of the loss over the selected tokens' components, the number of selected tokens, and
+# d(sum) / d(prediction), in one pass over the operands.
 reconstruction_loss_fwd = _define(
     "reconstruction_loss_fwd(Tensor prediction, Tensor target, Tensor? where, float beta, "
     "bool prediction_grad) -> (Tensor, Tensor, Tensor)",
     triton=".replacement.kernel:reconstruction_loss_fwd",
     cpu=".replacement.cpu:reconstruction_loss_fwd",
     fake=_reconstruction_loss_fwd_fake,
+)
+# gradient * scale in the gradient's dtype, with a float32 (float64) 0-d scale that is never rounded
+# to it.
+reconstruction_loss_bwd = _define(
+    "reconstruction_loss_bwd(Tensor gradient, Tensor scale) -> Tensor",
+    triton=".replacement.kernel:reconstruction_loss_bwd",
+    cpu=".replacement.cpu:reconstruction_loss_bwd",
+    fake=lambda gradient, scale: gradient.new_empty(gradient.shape),
 )
