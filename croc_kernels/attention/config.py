@@ -1,0 +1,124 @@
+"""Tile shapes of the attention kernels: pure functions of chip, head dimension and dtype.
+
+The numbers were chosen by compiling for each chip without running (registers, spills, shared
+memory: docs/attention.md); none has been timed yet.
+"""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backend import interpreted
+
+LOG2_E = 1.4426950408889634
+
+# Each is a power of two, or the sum of two.
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
+
+DELTA_BLOCK_M = 64
+DELTA_NUM_WARPS = 4
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """Tiles of the forward kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    one_loop: bool = True
+
+    def constants(self) -> dict[str, object]:
+        """Constexpr arguments of the kernel."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "ONE_LOOP": self.one_loop}
+
+
+@dataclass(frozen=True)
+class BackwardConfig:
+    """Tiles of the backward kernel: (M, N) of the programs for keys and of those for queries."""
+
+    keys_block_m: int
+    keys_block_n: int
+    queries_block_m: int
+    queries_block_n: int
+    num_warps: int
+    num_stages: int
+    one_pass: bool = False
+
+    def constants(self) -> dict[str, object]:
+        """Constexpr arguments of the kernel."""
+        return {
+            "KEYS_BLOCK_M": self.keys_block_m, "KEYS_BLOCK_N": self.keys_block_n,
+            "QUERIES_BLOCK_M": self.queries_block_m, "QUERIES_BLOCK_N": self.queries_block_n,
+            "ONE_PASS": self.one_pass,
+        }  # fmt: skip
+
+
+def split_head(dim: int) -> tuple[int, int]:
+    """D as a sum of two powers of two, the second possibly 0: 80 = 64 + 16, 128 = 128 + 0."""
+    first = 1 << (dim.bit_length() - 1)
+    return first, dim - first
+
+
+def pick_forward(arch: int, dim: int, dtype: torch.dtype, length: int) -> ForwardConfig:
+    """Tiles for compute capability ``arch`` (90 for 9.0; 0 for the interpreter) and ``length``
+    rows.
+    """
+    if arch == 0:
+        return ForwardConfig(32, 32, 4, 1)
+    if dtype == torch.float32:
+        return ForwardConfig(64, 32, 4, 2) if dim <= 128 else ForwardConfig(32, 32, 4, 1)
+    return ForwardConfig(128, 64, 8, 3)
+
+
+def pick_backward(
+    arch: int, dim: int, dtype: torch.dtype, length: int, one_pass: bool
+) -> BackwardConfig:
+    """As :func:`pick_forward`, for the backward pass with or without atomic sums."""
+    if arch == 0:
+        return BackwardConfig(32, 32, 32, 32, 4, 1, one_pass)
+    if dtype == torch.float32:
+        return BackwardConfig(32, 32, 32, 32, 4, 1, one_pass)
+    return BackwardConfig(64, 128, 128, 64, 8, 2, one_pass)
+
+
+@functools.cache
+def _arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def arch_of(tensor: Tensor) -> int:
+    """Compute capability of the tensor's device, 0 in the interpreter."""
+    return 0 if interpreted() else _arch(tensor.device.index)
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Make the tensor's device current: Triton launches on the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def factors(scale: float, softcap: float) -> tuple[float, float]:
+    """(inner, outer): base-2 logits are outer * s without a soft cap, outer * tanh(inner * s) with
+    one.
+    """
+    return (scale / softcap, softcap * LOG2_E) if softcap else (0.0, scale * LOG2_E)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of float32 products: tf32 only where torch allows it."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def shape_constants(q: Tensor, k: Tensor) -> dict[str, object]:
+    """Constexpr arguments that depend on the inputs alone."""
+    first, second = split_head(q.shape[3])
+    return {
+        "HEADS": q.shape[1], "GROUP": q.shape[1] // k.shape[1], "D1": first, "D2": second,
+        "PRECISION": precision(q.dtype),
+    }  # fmt: skip
