@@ -140,10 +140,13 @@ class Replacement:
         return where.to(device)
 
     def index(self, device: torch.device) -> Tensor:
-        """(B, N) int64 distinct pool rows."""
+        """(B, L) int64, the pool row of each replaced token, -1 elsewhere; no row twice."""
         generator = torch.Generator().manual_seed(4)
         rows = [torch.randperm(self.pool_size, generator=generator) for _ in range(self.batch)]
-        return torch.stack(rows)[:, : self.num_replaced].to(device)
+        where = self.where(torch.device("cpu"))
+        index = torch.full(where.shape, -1)
+        index[where] = torch.stack(rows)[:, : self.num_replaced].flatten()
+        return index.to(device)
 
 
 ATTENTION_GPU = (

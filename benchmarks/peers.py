@@ -216,8 +216,8 @@ ASSIGNMENT = (
 
 
 def eager_replace(embeddings: Tensor, where: Tensor, pool: Tensor, index: Tensor) -> Tensor:
-    """Gather and masked scatter as separate eager operations."""
-    return embeddings.masked_scatter(where[..., None], pool[index.flatten()])
+    """Gather and select as separate eager operations."""
+    return torch.where(where[..., None], pool[index], embeddings)
 
 
 def eager_loss(prediction: Tensor, target: Tensor, where: Tensor, beta: float) -> Tensor:

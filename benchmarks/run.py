@@ -6,6 +6,7 @@ failed, with the reason.
 """
 
 import argparse
+import collections
 import datetime
 import importlib.metadata
 import importlib.util
@@ -131,9 +132,10 @@ def main() -> int:
     result = {"machine": about, "ceiling": measured.get("ceiling"), "rows": rows, **outcomes}
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
-    for kind in ("absent", "failed"):
-        for row in outcomes[kind]:
-            print(f"{kind}: {row['row']}: {row['reason']}")
+    for reason, count in collections.Counter(r["reason"] for r in outcomes["absent"]).items():
+        print(f"absent: {reason} ({count} rows)")
+    for row in outcomes["failed"]:
+        print(f"failed: {row['row']}: {row['reason']}")
     print(f"{len(rows)} rows, {len(outcomes['failed'])} failed; written to {path}")
     return 1 if outcomes["failed"] or status not in (0, 5) else 0
 

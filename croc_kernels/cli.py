@@ -35,7 +35,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
         if name == chosen:
             command = importlib.import_module(module, __package__)
             command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
+            subparser.set_defaults(_run=command.run)
     return parser
 
 
@@ -50,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = next((a for a in arguments if not a.startswith("-")), None)
-    parsed = build_parser(chosen).parse_args(arguments)
-    return int(parsed.run(parsed) or 0)
+    options = vars(build_parser(chosen).parse_args(arguments))
+    # A subcommand gets its own options and nothing else: pretrain refuses names it does not know.
+    run, _ = options.pop("_run"), options.pop("command")
+    return int(run(argparse.Namespace(**options)) or 0)
 
 
 if __name__ == "__main__":
