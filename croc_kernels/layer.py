@@ -30,6 +30,7 @@ class Replacement(NamedTuple):
         pool_index: (S,) int64, -1 where the token is kept.
         num_masked: number of masked tokens.
         lengths: tokens of each image.
+        status: of the matching, see :class:`Matching`.
     """
 
     embeddings: Tensor
@@ -38,6 +39,7 @@ class Replacement(NamedTuple):
     pool_index: Tensor
     num_masked: int
     lengths: tuple[int, ...]
+    status: Tensor | None = None
 
 
 class CrocLayer(nn.Module):
@@ -200,8 +202,8 @@ class CrocLayer(nn.Module):
 
         Returns:
             The :class:`Replacement`. Gradients of its embeddings reach the kept tokens' features
-            and the matched pool rows, nothing else. An image whose distances hold NaN is left
-            unmasked.
+            and the matched pool rows, nothing else. A NaN among an image's distances leaves the
+            image unmasked and shows in ``status``; with nearest-row matching, the token alone.
 
         Raises:
             TypeError: features are not floating, or lengths are a tensor.
@@ -222,8 +224,8 @@ class CrocLayer(nn.Module):
         if matching is None or matching.num_masked == 0:
             matching = keep_all(features, lengths)
             return Replacement(normalized, target, *matching)
-        pool = self.pool.to(features.dtype)
-        embeddings = replace_tokens(normalized, matching.masked, pool, matching.pool_index)
+        masked, index = matching.masked, matching.pool_index
+        embeddings = replace_tokens(normalized, masked, self.pool, index)
         return Replacement(embeddings, target, *matching)
 
     def match_ahead(
@@ -259,7 +261,12 @@ class CrocLayer(nn.Module):
         return self._match(function, tokens, [lengths for _, lengths in checked], generator)
 
     def loss(
-        self, hidden: Tensor, replacement: Replacement, *, num_items: Tensor | float | None = None
+        self,
+        hidden: Tensor,
+        replacement: Replacement,
+        *,
+        num_items: Tensor | float | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
         """Reconstruction loss, unweighted: SmoothL1 of the head's prediction against the normalised
         features.
@@ -271,6 +278,8 @@ class CrocLayer(nn.Module):
             num_items: tokens to average over instead of this batch's :meth:`num_loss_tokens`: their
                 number over all micro-batches of an optimizer step, so that gradient accumulation
                 changes nothing.
+            visible: (S,) bool, False for tokens of dummy images, which no sample shows: they are
+                left out.
 
         Returns:
             Scalar, float32 or wider. Without any token to average over it is :meth:`touch`.
@@ -286,6 +295,8 @@ class CrocLayer(nn.Module):
         bert = self.recipe.head == "bert"
         prediction = self.head(hidden, replacement.lengths) if bert else self.head(hidden)
         where = replacement.masked if masked_only else None
+        if visible is not None:
+            where = visible if where is None else where & visible
         return reconstruction_loss(
             prediction, replacement.target, where, self.beta, num_items=num_items
         )

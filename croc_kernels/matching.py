@@ -31,12 +31,16 @@ class Matching(NamedTuple):
             kept.
         num_masked: number of masked tokens.
         lengths: tokens of each image.
+        status: (P,) int32, the solver's word on each image (and round), an
+            :class:`AssignmentStatus`; None where nothing was solved. Whatever is not 0 left its
+            tokens unmasked.
     """
 
     masked: Tensor
     pool_index: Tensor
     num_masked: int
     lengths: tuple[int, ...]
+    status: Tensor | None = None
 
 
 class Problems(NamedTuple):
@@ -134,23 +138,49 @@ def make_problems(order: Tensor, counts: Sequence[int], rows_per_round: int) -> 
 
 def match_tokens(
     tokens: Tensor, pool: Tensor, problems: Problems, *, nearest: bool, metric: str
-) -> Tensor:
-    """(S,) int64: the pool row for each masked token of the packed (S, C) tokens, -1 for the
-    others.
+) -> tuple[Tensor, Tensor | None]:
+    """The pool row of each masked token of the packed (S, C) tokens, (S,) int64 with -1 for the
+    others; and the solver's status of each problem, (P,) int32.
     """
+    status = None
     arguments = {"metric": metric, "token_index": problems.token_index}
     if nearest:
         index = nearest_token(tokens, pool, num_rows=problems.num_rows, **arguments)
     else:
         cost = token_cost(tokens, pool, num_rows=problems.num_rows, **arguments)
-        index = linear_assignment_ex(cost, num_rows=problems.num_rows).index
-    return scatter_back(problems.token_index, problems.valid, index, tokens.shape[0], -1)
+        solved = linear_assignment_ex(cost, num_rows=problems.num_rows)
+        index, status = solved.index, solved.status
+    return scatter_back(problems.token_index, problems.valid, index, tokens.shape[0], -1), status
 
 
 def keep_all(features: Tensor, lengths: tuple[int, ...]) -> Matching:
     """The matching in which every token is kept."""
     index = torch.full(features.shape[:1], -1, dtype=torch.int64, device=features.device)
     return Matching(index >= 0, index, 0, lengths)
+
+
+def _split(
+    tokens: Sequence[Tensor],
+    lengths: Sequence[tuple[int, ...]],
+    counts: Sequence[tuple[int, ...]],
+    some: Sequence[int],
+    index: Tensor,
+    status: Tensor | None,
+) -> list[Matching]:
+    """One Matching per micro-batch out of the joint result for those in ``some``."""
+    sizes = [tokens[i].shape[0] for i in some]
+    parts = dict(zip(some, index.split(sizes), strict=True))
+    states = dict.fromkeys(some)
+    if status is not None:
+        rounds = status.shape[0] // sum(len(lengths[i]) for i in some)
+        sizes = [rounds * len(lengths[i]) for i in some]
+        states = dict(zip(some, status.split(sizes), strict=True))
+    return [
+        Matching(parts[i] >= 0, parts[i], sum(counts[i]), group, states[i])
+        if i in parts
+        else keep_all(tokens[i], group)
+        for i, group in enumerate(lengths)
+    ]
 
 
 @torch.no_grad()
@@ -195,12 +225,8 @@ def match_micro_batches(
     flat_counts = [count for i in some for count in counts[i]]
     order = draw_order(flat_lengths, [len(lengths[i]) for i in some], seeds, rank)
     problems = make_problems(order, flat_counts, max(flat_counts) if nearest else pool.shape[0])
+    # Costs are float32 whatever the tokens are; the operators take no wider input.
+    packed = packed.float() if packed.dtype == torch.float64 else packed
     pool = pool.to(packed.dtype)
-    index = match_tokens(packed, pool, problems, nearest=nearest, metric=metric)
-    parts = dict(zip(some, index.split([tokens[i].shape[0] for i in some]), strict=True))
-    return [
-        Matching(parts[i] >= 0, parts[i], sum(counts[i]), group)
-        if i in parts
-        else keep_all(tokens[i], group)
-        for i, group in enumerate(lengths)
-    ]
+    index, status = match_tokens(packed, pool, problems, nearest=nearest, metric=metric)
+    return _split(tokens, lengths, counts, some, index, status)
