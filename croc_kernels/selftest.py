@@ -48,7 +48,7 @@ def gradients(
 def check_differentiable(
     call: Callable[..., Callable[..., Tensor]], inputs: list[Tensor], names: tuple[str, ...]
 ) -> None:
-    """Compare with the float64 reference: at most twice the error of the reference in this dtype."""
+    """Compare with the float64 reference: at most twice the reference's error in this dtype."""
     dtype = inputs[0].dtype
     values = gradients(call("auto"), inputs, dtype)
     exact = gradients(call("reference"), inputs, torch.float64)
