@@ -1,4 +1,4 @@
-"""The pool and the head that the released Croc and ViCToR models own, and ours: copied both ways."""
+"""The pool and the head that the released Croc and ViCToR models own, copied to ours and back."""
 
 from collections.abc import Sequence
 
