@@ -29,14 +29,18 @@ _HOPPER_16 = CostConfig(128, 128, 64, 8, 8, 4)
 _HOPPER_16_SMALL = CostConfig(128, 64, 64, 8, 8, 3)
 _AMPERE_16 = CostConfig(128, 64, 32, 8, 8, 4)
 _BLACKWELL_16 = CostConfig(128, 64, 64, 8, 8, 3)
-_FLOAT32 = CostConfig(64, 64, 32, 8, 8, 3)
+# The masks of a ragged last step take registers that the other shapes do not have.
+_RAGGED_16 = CostConfig(128, 64, 32, 8, 8, 3)
+_FLOAT32 = CostConfig(128, 64, 32, 8, 8, 3)
+# Three tf32 products hold their operands in registers where there is no wgmma.
+_AMPERE_FLOAT32 = CostConfig(64, 32, 32, 8, 8, 3)
 
 # Below this many tiles of the large shape the chip would be left partly idle: 132 multiprocessors
 # on an H200.
 _FULL_CHIP_TILES = 132
 
 
-def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int) -> CostConfig:
+def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int, dim: int) -> CostConfig:
     """The tile shape for one call.
 
     Args:
@@ -44,13 +48,16 @@ def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int) -> Cos
         dtype: of the tokens and of the pool.
         rows: rows of the cost matrix, all images together.
         pool_size: its columns.
+        dim: components per token.
     """
     if dtype == torch.float32:
-        return _FLOAT32
-    if arch >= 100:
-        return _BLACKWELL_16
+        return _FLOAT32 if arch >= 90 else _AMPERE_FLOAT32
     if arch < 90:
         return _AMPERE_16
+    if dim % _HOPPER_16.block_k:
+        return _RAGGED_16
+    if arch >= 100:
+        return _BLACKWELL_16
     large = _HOPPER_16
     tiles = -(-rows // large.block_m) * -(-pool_size // (2 * large.half_n))
     return large if tiles >= _FULL_CHIP_TILES else _HOPPER_16_SMALL
@@ -59,7 +66,7 @@ def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int) -> Cos
 def candidates(dtype: torch.dtype) -> tuple[CostConfig, ...]:
     """The shapes that a tuning run should time."""
     if dtype == torch.float32:
-        return (_FLOAT32, CostConfig(128, 64, 32, 8, 8, 3), CostConfig(64, 64, 32, 8, 4, 3))
+        return (_FLOAT32, CostConfig(64, 64, 32, 8, 8, 3), CostConfig(64, 64, 32, 8, 4, 3))
     return tuple(
         CostConfig(block_m, half_n, block_k, group_m, 8, stages)
         for block_m, half_n in ((128, 128), (128, 64))

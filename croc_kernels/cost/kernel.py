@@ -220,8 +220,8 @@ def _nearest_reduce_kernel(score_ptr, index_ptr, out_ptr, rows, tiles, BLOCK_R: 
     tl.store(out_ptr + row, tl.where(winner == _NO_INDEX, -1, winner).to(tl.int64), mask=inside)
 
 
-_PREPASS = {"BLOCK_R": 4, "BLOCK_K": 512}
-_REDUCE_ROWS = 128
+PREPASS = {"BLOCK_R": 4, "BLOCK_K": 512}
+REDUCE_ROWS = 128
 _NORMS = {"l2": "square", "l2sq": "square", "cosine": "inverse"}
 
 
@@ -275,7 +275,7 @@ class _Problem:
         self.length = self.shape[-1]
         self.rows = self.length * (self.shape[0] if len(self.shape) == 2 else 1)
         self.m, self.dim = pool.shape
-        self.config = pick_config(_arch(tokens), tokens.dtype, self.rows, self.m)
+        self.config = pick_config(_arch(tokens), tokens.dtype, self.rows, self.m, self.dim)
         stride_b, stride_n, _ = self.tokens.stride()
         shared = self.pool.stride(0) | stride_n | (stride_b if token_index is None else 0)
         self.constants = tile_constants(self.config, tokens.dtype, self.dim, shared)
@@ -286,15 +286,15 @@ class _Problem:
         self.p_norm = tokens.new_empty((self.m,), dtype=torch.float32)
         index = None if token_index is None else token_index.contiguous()
         counts = None if num_rows is None else num_rows.contiguous()
-        _row_prepass_kernel[(triton.cdiv(self.rows, _PREPASS["BLOCK_R"]),)](
+        _row_prepass_kernel[(triton.cdiv(self.rows, PREPASS["BLOCK_R"]),)](
             self.tokens, index, counts, self.offset, self.x_norm,
             self.rows, self.length, self.tokens.shape[1], self.dim, stride_b, stride_n,
-            NORM=norm if token_norms else "none", **_PREPASS,
+            NORM=norm if token_norms else "none", **PREPASS,
         )  # fmt: skip
-        _row_prepass_kernel[(triton.cdiv(self.m, _PREPASS["BLOCK_R"]),)](
+        _row_prepass_kernel[(triton.cdiv(self.m, PREPASS["BLOCK_R"]),)](
             self.pool, None, None, None, self.p_norm,
             self.m, self.m, self.m, self.dim, 0, self.pool.stride(0),
-            NORM=norm, **_PREPASS,
+            NORM=norm, **PREPASS,
         )  # fmt: skip
 
     def launch(self, kernel: object, *middle: Tensor) -> None:
@@ -339,7 +339,7 @@ def nearest_token(
         score = tokens.new_empty(partial, dtype=torch.float32)
         index = tokens.new_empty(partial, dtype=torch.int32)
         problem.launch(_nearest_token_kernel, problem.p_norm, score, index)
-        _nearest_reduce_kernel[(triton.cdiv(problem.rows, _REDUCE_ROWS),)](
-            score, index, out, problem.rows, problem.tiles_n, BLOCK_R=_REDUCE_ROWS
+        _nearest_reduce_kernel[(triton.cdiv(problem.rows, REDUCE_ROWS),)](
+            score, index, out, problem.rows, problem.tiles_n, BLOCK_R=REDUCE_ROWS
         )
     return out

@@ -151,10 +151,10 @@ def _scale_kernel(gradient_ptr, scale_ptr, out_ptr, numel, BLOCK: tl.constexpr):
     tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=place < numel)
 
 
-_ROWS = 4
-_SUM_ROWS = 8
-_REDUCE_BLOCK = 1024
-_SCALE_BLOCK = 2048
+ROWS = 4
+SUM_ROWS = 8
+REDUCE_BLOCK = 1024
+SCALE_BLOCK = 2048
 
 
 def column_block(dim: int, largest: int = 1024) -> int:
@@ -190,10 +190,10 @@ def replace_tokens_fwd(embeddings: Tensor, pool: Tensor, source: Tensor) -> Tens
     rows, dim = source.numel(), x.shape[2]
     block = column_block(dim)
     with _on(x):
-        _replace_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(dim, block))](
+        _replace_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(dim, block))](
             x, pool, source, out,
             rows, x.shape[1], dim, pool.shape[0], x.stride(0), x.stride(1), pool.stride(0),
-            BLOCK_R=_ROWS, BLOCK_C=block,
+            BLOCK_R=ROWS, BLOCK_C=block,
         )  # fmt: skip
     return out
 
@@ -208,7 +208,7 @@ def _pool_gradient(x: Tensor, source: Tensor, out: Tensor) -> None:
     block = column_block(dim, 512)
     _pool_gradient_kernel[(pool_size, triton.cdiv(dim, block))](
         x, order, bounds, out, x.shape[1], dim, x.stride(0), x.stride(1),
-        BLOCK_R=_SUM_ROWS, BLOCK_C=block, ACC=_accumulator(x.dtype, out.dtype),
+        BLOCK_R=SUM_ROWS, BLOCK_C=block, ACC=_accumulator(x.dtype, out.dtype),
     )  # fmt: skip
 
 
@@ -231,9 +231,9 @@ def replace_tokens_bwd(
     block = column_block(dim)
     with _on(x):
         if embeddings_grad:
-            _keep_gradient_kernel[(triton.cdiv(rows, _ROWS), triton.cdiv(dim, block))](
+            _keep_gradient_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(dim, block))](
                 x, source, embeddings, rows, x.shape[1], dim, x.stride(0), x.stride(1),
-                BLOCK_R=_ROWS, BLOCK_C=block,
+                BLOCK_R=ROWS, BLOCK_C=block,
             )  # fmt: skip
         if pool.numel() > 0:
             _pool_gradient(x, source, pool)
@@ -253,7 +253,7 @@ def reconstruction_loss_fwd(
         chosen = torch.full_like(total, rows) if where is None else where.sum(dtype=dtype)
         return total, chosen, gradient
     total, count = (prediction.new_empty((), dtype=dtype) for _ in range(2))
-    programs = triton.cdiv(rows, _ROWS)
+    programs = triton.cdiv(rows, ROWS)
     partial = prediction.new_empty((2 * programs,), dtype=dtype)
     p, t = _rows(prediction), _rows(target)
     with _on(p):
@@ -261,9 +261,9 @@ def reconstruction_loss_fwd(
             p, t, None if where is None else where.contiguous(),
             gradient if prediction_grad else None, partial,
             rows, p.shape[1], dim, p.stride(0), p.stride(1), t.stride(0), t.stride(1),
-            BETA=beta, ACC=acc, BLOCK_R=_ROWS, BLOCK_C=column_block(dim),
+            BETA=beta, ACC=acc, BLOCK_R=ROWS, BLOCK_C=column_block(dim),
         )  # fmt: skip
-        _loss_reduce_kernel[(1,)](partial, total, count, programs, BLOCK=_REDUCE_BLOCK)
+        _loss_reduce_kernel[(1,)](partial, total, count, programs, BLOCK=REDUCE_BLOCK)
     return total, count, gradient
 
 
@@ -274,7 +274,7 @@ def reconstruction_loss_bwd(gradient: Tensor, scale: Tensor) -> Tensor:
         return out
     gradient = gradient.contiguous()
     with _on(gradient):
-        _scale_kernel[(triton.cdiv(gradient.numel(), _SCALE_BLOCK),)](
-            gradient, scale, out, gradient.numel(), BLOCK=_SCALE_BLOCK
+        _scale_kernel[(triton.cdiv(gradient.numel(), SCALE_BLOCK),)](
+            gradient, scale, out, gradient.numel(), BLOCK=SCALE_BLOCK
         )
     return out
