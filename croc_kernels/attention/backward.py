@@ -200,7 +200,7 @@ def _dq_program(
         low, high, tl.load(start_ptr + last_row), tl.load(end_ptr + row), BLOCK_N
     )
     statistics = tl.cast(plane, tl.int64) * num_queries
-    lse, delta, _ = _row_statistics(stats[0] + statistics, stats[1] + statistics, rows, inside)
+    lse, delta, _sees = _row_statistics(stats[0] + statistics, stats[1] + statistics, rows, inside)
 
     cols1, cols2 = tl.arange(0, D1), D1 + tl.arange(0, D2 if D2 > 0 else 16)
     q_base, g_base = q_ptr + batch * q_b + head * q_h, g_ptr + batch * g_b + head * g_h
@@ -231,7 +231,7 @@ def _dq_program(
             )  # fmt: skip
         v1 = load_tile(v_base, n, offs_n, cols1, v_l, keep)
         v2 = load_tile(v_base, n, offs_n, cols2, v_l, keep) if D2 > 0 else v1
-        _, grad_s = _score_gradient(
+        _weights, grad_s = _score_gradient(
             scores, products(g1, g2, v1, v2, D2, PRECISION), lse[:, None], delta[:, None],
             outer, HAS_SOFTCAP,
         )  # fmt: skip

@@ -102,7 +102,8 @@ def mixed_attention_fwd(
 
 def mixed_attention_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
-    out: Tensor, lse: Tensor, start: Tensor, end: Tensor, row_start: Tensor, row_end: Tensor, visible_until: Tensor | None,
+    out: Tensor, lse: Tensor, start: Tensor, end: Tensor,
+    row_start: Tensor, row_end: Tensor, visible_until: Tensor | None,
     scale: float, softcap: float, deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Op ``mixed_attention_bwd``: gradients of q, k and v. Always deterministic."""

@@ -18,7 +18,7 @@ def _visit(
     D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_UNTIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold key tiles [first, past) into the softmax; MASK 0: none, 1: all, 2: unless seen wholly."""
+    """Fold key tiles [first, past) in; MASK 0: no tile, 1: all, 2: those not seen wholly."""
     offs = tl.arange(0, BLOCK_N)
     cols1, cols2 = tl.arange(0, D1), D1 + tl.arange(0, D2 if D2 > 0 else 16)
     for n in tl.range(first, past, BLOCK_N):

@@ -8,7 +8,7 @@ LN_2 = 0.6931471805599453
 
 @triton.jit
 def tile_range(low, high, full_low, full_high, BLOCK: tl.constexpr):
-    """Tiles to visit: [first, past), of which [full, end_full) are seen wholly (multiples of BLOCK).
+    """Tiles to visit: [first, past), of which [full, end_full) are seen wholly.
 
     ``low`` and ``high`` bound what any row of the tile sees, ``full_low`` and ``full_high`` what
     all of them see.
@@ -23,14 +23,14 @@ def tile_range(low, high, full_low, full_high, BLOCK: tl.constexpr):
 @triton.jit
 def load_tile(base, row, offs, cols, stride, keep):
     """(BLOCK, D) tile: rows ``row + offs`` of one head, zero where not ``keep``."""
-    pointers = base + tl.cast(row, tl.int64) * stride + offs[:, None] * stride + cols[None, :]
+    pointers = base + tl.cast(row, tl.int64) * stride + (offs[:, None] * stride + cols[None, :])
     return tl.load(pointers, mask=keep[:, None], other=0.0)
 
 
 @triton.jit
 def store_tile(base, row, offs, cols, stride, keep, value):
     """Inverse of :func:`load_tile`."""
-    pointers = base + tl.cast(row, tl.int64) * stride + offs[:, None] * stride + cols[None, :]
+    pointers = base + tl.cast(row, tl.int64) * stride + (offs[:, None] * stride + cols[None, :])
     tl.store(pointers, value.to(base.dtype.element_ty), mask=keep[:, None])
 
 

@@ -1,0 +1,92 @@
+"""Compile Triton kernels for a chip that is not there: registers, spills, instructions."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+ARCHS = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel with one set of compile-time values.
+
+    Attributes:
+        name: unique, for reports.
+        fn: the ``@triton.jit`` function.
+        signature: argument name to Triton type (``"*bf16"``, ``"i32"``, ``"constexpr"``), a tuple
+            of types for a tuple.
+        constexprs: argument name to value.
+        attrs: path of an argument, ``(index,)`` or ``(index, element)``, to attributes such as
+            ``[["tt.divisibility", 16]]``; None for none.
+        num_warps: warps per program.
+        num_stages: depth of software pipelining.
+        has_dot: the kernel multiplies matrices, so sm_90 code must contain wgmma.
+        spill_allowance: bytes of register spills that are accepted.
+    """
+
+    name: str
+    fn: Callable
+    signature: dict[str, object]
+    constexprs: dict[str, object]
+    attrs: dict[tuple[int, ...], list] | None
+    num_warps: int
+    num_stages: int
+    has_dot: bool
+    spill_allowance: int = 0
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What the compiler made of a case."""
+
+    name: str
+    arch: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    has_wgmma: bool
+    has_mma: bool
+
+
+def compile(case: CompileCase, arch: int) -> CompileReport:
+    """Compile ``case`` for compute capability ``arch`` (90 for 9.0) and read the report of ptxas.
+
+    Raises:
+        RuntimeError: ptxas does not report on the kernel.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=case.fn, signature=case.signature, constexprs=case.constexprs, attrs=case.attrs
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    registers, spills = _assemble(ptx, arch)
+    return CompileReport(
+        case.name, arch, registers, spills, compiled.metadata.shared,
+        has_wgmma="wgmma.mma_async" in ptx,
+        has_mma=re.search(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx) is not None,
+    )  # fmt: skip
+
+
+def _assemble(ptx: str, arch: int) -> tuple[int, int]:
+    """(registers per thread, bytes of spill stores plus loads) as ptxas reports them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if registers is None or spills is None:
+        raise RuntimeError(f"aot.compile: ptxas must report registers and spills, got {log!r}")
+    return int(registers.group(1)), int(spills.group(1)) + int(spills.group(2))

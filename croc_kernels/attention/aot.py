@@ -1,0 +1,122 @@
+"""What CI compiles of the attention kernels, per chip."""
+
+import torch
+
+from ..aot import CompileCase
+from . import backward, config, forward
+
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_ALIGNED = [["tt.divisibility", 16]]
+
+# Registers spilled on purpose, in bytes, by (kernel, head dimension); everything else must not
+# spill.
+SPILLS: dict[tuple[str, int], int] = {}
+
+
+def _aligned(fn: object, names: dict[str, int]) -> dict[tuple[int, ...], list]:
+    """Attributes of arguments that are multiples of 16; names map to tuple lengths, or 0."""
+    attrs = {}
+    for name, elements in names.items():
+        index = fn.arg_names.index(name)
+        paths = [(index, i) for i in range(elements)] if elements else [(index,)]
+        attrs.update(dict.fromkeys(paths, _ALIGNED))
+    return attrs
+
+
+def _shape_constants(dim: int, softcap: bool, until: bool, group: int, precision: str) -> dict:
+    first, second = config.split_head(dim)
+    return {
+        "HEADS": 32, "GROUP": group, "D1": first, "D2": second, "HAS_SOFTCAP": softcap,
+        "HAS_UNTIL": until, "PRECISION": precision,
+    }  # fmt: skip
+
+
+def forward_case(
+    arch: int, dim: int, dtype: torch.dtype, *, softcap: bool = False, until: bool = False,
+    group: int = 1, precision: str = "ieee", picked: config.ForwardConfig | None = None,
+) -> CompileCase:  # fmt: skip
+    """The forward kernel as launched on ``arch``; ``picked`` tries other tiles."""
+    picked = picked or config.pick_forward(arch, dim, dtype, 4096)
+    fn, pointer = forward._mixed_attention_fwd_kernel, _POINTERS[dtype]
+    constants = _shape_constants(dim, softcap, until, group, precision) | picked.constants()
+    signature = {
+        "q_ptr": pointer, "k_ptr": pointer, "v_ptr": pointer, "out_ptr": pointer,
+        "lse_ptr": "*fp32", "bounds": ("*i32",) * 3, "strides": ("i32",) * 12, "inner": "fp32", "outer": "fp32",
+        "num_queries": "i32", "num_keys": "i32",
+    } | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    attrs = _aligned(
+        fn,
+        {"q_ptr": 0, "k_ptr": 0, "v_ptr": 0, "out_ptr": 0, "lse_ptr": 0, "bounds": 3, "strides": 12},
+    )  # fmt: skip
+    name = f"mixed_attention_fwd-D{dim}-{pointer[1:]}"
+    name += "-softcap" * softcap + "-until" * until + "-tf32" * (precision == "tf32")
+    return CompileCase(
+        name, fn, signature, constants, attrs, picked.num_warps, picked.num_stages, True,
+        SPILLS.get(("fwd", dim), 0),
+    )  # fmt: skip
+
+
+def backward_case(
+    arch: int, dim: int, dtype: torch.dtype, *, one_pass: bool, softcap: bool = False,
+    until: bool = False, group: int = 1, precision: str = "ieee",
+    picked: config.BackwardConfig | None = None,
+) -> CompileCase:  # fmt: skip
+    """The backward kernel as launched on ``arch``; ``picked`` tries other tiles."""
+    picked = picked or config.pick_backward(arch, dim, dtype, 4096, one_pass)
+    fn, pointer = backward._mixed_attention_bwd_kernel, _POINTERS[dtype]
+    constants = _shape_constants(dim, softcap, until, group, precision) | picked.constants()
+    signature = {
+        "tensors": (pointer,) * 4, "stats": ("*fp32",) * 2,
+        "grads": ("*fp32" if one_pass else pointer, pointer, pointer),
+        "bounds": ("*i32",) * 5, "strides": ("i32",) * 21,
+        "inner": "fp32", "outer": "fp32", "scale": "fp32",
+        "num_queries": "i32", "num_keys": "i32", "key_programs": "i32",
+    } | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    attrs = _aligned(fn, {"tensors": 4, "stats": 2, "grads": 3, "bounds": 5, "strides": 21})
+    kind = "bwd-one-pass" if one_pass else "bwd"
+    name = f"mixed_attention_{kind}-D{dim}-{pointer[1:]}"
+    name += "-softcap" * softcap + "-until" * until + "-tf32" * (precision == "tf32")
+    return CompileCase(
+        name, fn, signature, constants, attrs, picked.num_warps, picked.num_stages, True,
+        SPILLS.get((kind, dim), 0),
+    )  # fmt: skip
+
+
+def delta_case(dim: int, dtype: torch.dtype) -> CompileCase:
+    """The small kernel before the backward pass."""
+    fn, pointer = backward._delta_kernel, _POINTERS[dtype]
+    constants = {
+        "HEADS": 32, "D": dim, "BLOCK_D": 1 << (dim - 1).bit_length(),
+        "BLOCK_M": config.DELTA_BLOCK_M, "HAS_GRAD_LSE": True,
+    }  # fmt: skip
+    signature = {
+        "out_ptr": pointer, "grad_out_ptr": pointer, "grad_lse_ptr": "*fp32",
+        "delta_ptr": "*fp32", "strides": ("i32",) * 9, "num_queries": "i32",
+    } | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    attrs = _aligned(fn, {"out_ptr": 0, "grad_out_ptr": 0, "strides": 6})
+    return CompileCase(
+        f"mixed_attention_delta-D{dim}-{pointer[1:]}", fn, signature, constants, attrs,
+        config.DELTA_NUM_WARPS, 2, False,
+    )  # fmt: skip
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """Every head dimension in bf16, and each option once.
+
+    Args:
+        arch: compute capability, 80, 90 or 100.
+    """
+    bf16, fp32 = torch.bfloat16, torch.float32
+    cases = []
+    for dim in config.HEAD_DIMS:
+        cases.append(forward_case(arch, dim, bf16))
+        cases.extend(backward_case(arch, dim, bf16, one_pass=one) for one in (False, True))
+    cases += [
+        forward_case(arch, 128, torch.float16), forward_case(arch, 128, fp32),
+        forward_case(arch, 128, fp32, precision="tf32"),
+        forward_case(arch, 256, bf16, softcap=True), forward_case(arch, 128, bf16, until=True),
+        backward_case(arch, 128, fp32, one_pass=False),
+        backward_case(arch, 128, bf16, one_pass=False, until=True, group=4),
+        backward_case(arch, 256, bf16, one_pass=False, softcap=True), delta_case(256, bf16),
+    ]  # fmt: skip
+    return cases
