@@ -28,10 +28,10 @@ demo: build
 
 # GPU tests run where there is a GPU and say why they are skipped elsewhere.
 test: build
-	$(PY) -m pytest $(TEST_ARGS)
+	$(PY) -m pytest -m "not slow" $(TEST_ARGS)
 
 test-cpu: build
-	$(PY) -m pytest -m "not gpu" $(TEST_ARGS)
+	$(PY) -m pytest -m "not gpu and not slow" $(TEST_ARGS)
 
 build: $(READY)
 	$(PY) setup.py -q build_ext --inplace

@@ -73,20 +73,22 @@ class CMakeBuild(build_ext):
         shutil.copy2(build / "_C.abi3.so", output)
 
 
-sources = sorted(
-    str(p.relative_to(HERE))
-    for p in HERE.glob("csrc/**/*")
-    if p.suffix in {".cpp", ".cu", ".cuh", ".h"}
-)
-# pip asks for build requirements through egg_info; a later command must not fetch anything.
-missing_torch = "egg_info" in sys.argv and torch_root() is None
-setup(
-    ext_modules=[
-        Extension(
-            "croc_kernels._C", sources=[], depends=["CMakeLists.txt", *sources], py_limited_api=True
-        )
-    ],
-    cmdclass={"build_ext": CMakeBuild},
-    setup_requires=[TORCH] if missing_torch else [],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+def main() -> None:
+    """Run setuptools; everything static is in pyproject.toml."""
+    files = sorted(HERE.glob("csrc/**/*"))
+    depends = [str(p.relative_to(HERE)) for p in files if p.suffix in {".cpp", ".cu", ".cuh", ".h"}]
+    # pip asks for build requirements through egg_info; a later command must not fetch anything.
+    missing_torch = "egg_info" in sys.argv and torch_root() is None
+    extension = Extension(
+        "croc_kernels._C", sources=[], depends=["CMakeLists.txt", *depends], py_limited_api=True
+    )
+    setup(
+        ext_modules=[extension],
+        cmdclass={"build_ext": CMakeBuild},
+        setup_requires=[TORCH] if missing_torch else [],
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The build: one binary for every torch, versions stated once, torch found without fetching it."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from setuptools import Distribution
+
+from croc_kernels import _versions
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def setup_module():
+    spec = importlib.util.spec_from_file_location("croc_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def binary() -> bytes:
+    return (ROOT / "croc_kernels" / "_C.abi3.so").read_bytes()
+
+
+def requirement(package: str, text: str) -> str:
+    return re.search(rf'"{package}([^";]*)', text).group(1).strip()
+
+
+def as_requirement(allowed: tuple[tuple[int, int], tuple[int, int]]) -> str:
+    (low, low_minor), (high, high_minor) = allowed
+    return f">={low}.{low_minor},<{high}.{high_minor}"
+
+
+def test_ranges_are_the_same_everywhere(setup_module):
+    text = (ROOT / "pyproject.toml").read_text()
+    assert requirement("torch", text) == as_requirement(_versions.TORCH_RANGE)
+    assert requirement("transformers", text) == as_requirement(_versions.TRANSFORMERS_RANGE)
+    assert setup_module.TORCH == "torch" + as_requirement(_versions.TORCH_RANGE)
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_constraints_lie_in_the_ranges(package):
+    pinned = re.search(rf"^{package}==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    low, high = getattr(_versions, f"{package.upper()}_RANGE")
+    assert low <= _versions.parse(pinned.group(1)) < high
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "2.16.0", "3.0.0a0+git1234"])
+def test_versions_out_of_range_are_refused_with_the_range(version):
+    message = (
+        f"croc_kernels: torch must be >=2.11,<2.16, got {re.escape(version)}; install one with"
+    )
+    with pytest.raises(ImportError, match=message):
+        _versions.check("torch", version, _versions.TORCH_RANGE)
+
+
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.13.0+cpu", "2.15.1", "2.12.0a0+git1234"])
+def test_versions_in_range_are_accepted(version):
+    _versions.check("torch", version, _versions.TORCH_RANGE)
+
+
+@pytest.mark.parametrize(
+    "library", ["libtorch_cuda.so", "libcudart.so", "libtorch_python.so", "libc10"]
+)
+def test_binary_needs_no_library_that_ties_it(binary, library):
+    assert library.encode() not in binary
+
+
+def test_binary_is_linked_to_torch(binary):
+    assert b"libtorch.so" in binary
+    assert b"libtorch_cpu.so" in binary
+
+
+def test_binary_holds_no_path_of_the_build_machine(binary):
+    assert str(ROOT).encode() not in binary
+
+
+def test_torch_is_found_where_it_is_imported_from(setup_module, monkeypatch):
+    monkeypatch.delenv("TORCH_ROOT", raising=False)
+    assert setup_module.torch_root() == Path(torch.__file__).parent
+
+
+def test_torch_root_can_be_given(setup_module, monkeypatch, tmp_path):
+    header = tmp_path / "include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    monkeypatch.setenv("TORCH_ROOT", str(tmp_path))
+    assert setup_module.torch_root() == tmp_path
+
+
+def test_torch_is_found_from_an_isolated_build(setup_module, monkeypatch, tmp_path):
+    header = tmp_path / "torch/include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    monkeypatch.delenv("TORCH_ROOT", raising=False)
+    monkeypatch.setattr(setup_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup_module.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert setup_module.torch_root() == tmp_path / "torch"
+
+
+@pytest.mark.parametrize(("command", "wanted"), [("egg_info", True), ("bdist_wheel", False)])
+def test_torch_is_required_only_where_there_is_none(setup_module, monkeypatch, command, wanted):
+    asked = {}
+    monkeypatch.setattr(setup_module, "setup", asked.update)
+    monkeypatch.setattr(setup_module, "torch_root", lambda: None)
+    monkeypatch.setattr(setup_module.sys, "argv", ["setup.py", command])
+    monkeypatch.setattr(setup_module, "setup", lambda **options: asked.update(options))
+    setup_module.main()
+    assert asked["setup_requires"] == ([setup_module.TORCH] if wanted else [])
+
+
+def test_build_without_torch_says_what_to_install(setup_module, monkeypatch):
+    monkeypatch.setattr(setup_module, "torch_root", lambda: None)
+    command = setup_module.CMakeBuild(Distribution())
+    with pytest.raises(
+        RuntimeError, match=r'torch must be installed first: pip install "torch>=2.11'
+    ):
+        command.build_extension(setup_module.Extension("croc_kernels._C", sources=[]))
