@@ -120,9 +120,9 @@ def _linear_assignment_fake(cost, num_rows, maximize):
     )
 
 
-# Results: index (B, N), row_dual (B, N), column_dual (B, M), gap (B,), status (B,), explained at
-# LinearAssignment in assignment/api.py. cost is (B, N, M) float32 or float64, num_rows (B,) int32 or
-# int64. The first op is implemented in csrc/.
+# Results: index (B, N), row_dual (B, N), column_dual (B, M), gap (B,), status (B,);
+# LinearAssignment in assignment/api.py says more. cost is (B, N, M) float32 or float64, num_rows
+# (B,) int32 or int64. The first op is implemented in csrc/.
 _ASSIGNMENT = (
     "(Tensor cost, Tensor? num_rows, bool maximize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )

@@ -126,7 +126,7 @@ def _gap(c: Tensor, index: Tensor, v: Tensor, num_rows: Tensor | None) -> Tensor
     used = everyone if num_rows is None else num_rows.clamp(0, n)[:, None]
     if n == 0 or m == 0:
         valid = _is_matching(index, used, m)
-        gap = -v.clamp(max=0).sum(1) if n == 0 else v.new_zeros(batch)
+        gap = 0.0 - v.clamp(max=0).sum(1) if n == 0 else v.new_zeros(batch)
         return torch.where(valid & ~gap.isnan(), gap, torch.inf)
     few_rows, many_rows = used < m, used > m  # columns, rows stay unmatched
     v = torch.where(few_rows, v.clamp(max=0), v)

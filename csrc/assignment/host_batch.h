@@ -42,7 +42,7 @@ class BatchSolver {
     if (result.status == kTooLarge) {
       // Sums of such costs overflow: a power of two makes room and changes no cost that matters
       // next to them.
-      constexpr double kScale = 0x1p-100;
+      constexpr double kScale = 0x1p-200;
       result = run(copy(view.data, stride, inner, n, m, static_cast<T>(sign * kScale)), m, n, m);
       sign /= kScale;
     }
