@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..attention.api import mixed_attention
 from ..attention.mask import MixedMask
+from ..backend import log_choice
 from .closures import repair_packing
 from .faults import check_transformers
 from .mask_probe import REFUSAL, intervals
@@ -190,7 +191,8 @@ def croc_attention(
         query: (B, Hq, Lq, D).
         key: (B, Hkv, Lk, D).
         value: (B, Hkv, Lk, Dv).
-        attention_mask: what :func:`croc_mask` returned, or None.
+        attention_mask: what :func:`croc_mask` returned, a dense mask of one run of keys per row, or
+            None.
         scaling: factor of the scores; 1 / sqrt(D) if None.
         dropout: must be 0.
         is_causal: overrides the module's.
@@ -201,7 +203,7 @@ def croc_attention(
         The output (B, Lq, Hq, D), and None for the weights.
 
     Raises:
-        ValueError: dropout, a position bias, attention sinks, or a dense mask.
+        ValueError: dropout, a position bias, attention sinks, or a mask that can't be expressed.
     """
     _check_arguments(dropout, kwargs)
     query, key, value = _common_dtype(query, key, value)
@@ -217,12 +219,7 @@ def croc_attention(
     elif is_packed(attention_mask) and attention_mask.shape[3] == num_queries + num_keys:
         mask = unpack_mask(attention_mask, num_queries)
     else:
-        raise ValueError(
-            'attn_implementation="croc": attention_mask must be 2-D padding or what the '
-            "registered mask function "
-            f"made for {num_queries} queries and {num_keys} keys, got {attention_mask.dtype} "
-            f'{tuple(attention_mask.shape)}; a dense mask needs attn_implementation="sdpa"'
-        )
+        mask = _mask_of_dense(attention_mask, query.shape[0], num_queries, num_keys)
     out = mixed_attention(query, key, value, mask, scale=scaling, softcap=softcap)
     return out.transpose(1, 2).contiguous(), None
 
@@ -236,6 +233,30 @@ def _mask_of_none(
         end = torch.arange(1, queries + 1, dtype=torch.int32, device=device) + (keys - queries)
     end = end.expand(batch, queries)
     return MixedMask.from_rows(torch.zeros_like(end), end, keys, may_have_holes=False)
+
+
+def _mask_of_dense(dense: Tensor, batch: int, queries: int, keys: int) -> MixedMask:
+    """The mask of a layer that got a dense one: some models, and some users, build it themselves.
+
+    It is read once per layer, and said so once: the memory for it is already spent.
+    """
+    kind = dense.dtype == torch.bool or dense.is_floating_point()
+    if not kind or dense.dim() != 4 or dense.shape[1] != 1 or dense.shape[2] != queries:
+        raise ValueError(
+            'attn_implementation="croc": attention_mask must be 2-D padding, what the registered '
+            f"mask function made, or dense (B, 1, {queries}, {keys}), got {dense.dtype} "
+            f"{tuple(dense.shape)}"
+        )
+    log_choice("attn_implementation", "croc", "a dense mask is read in every layer")
+    dense = dense[..., :keys].expand(batch, -1, -1, -1)
+    visible = dense
+    if dense.is_floating_point():
+        visible = dense > torch.finfo(dense.dtype).min / 2
+        torch._assert_async(((dense == 0) | ~visible).all(), REFUSAL)
+    mask = MixedMask.from_dense(visible)
+    if mask.token_faults is not None:
+        torch._assert_async((mask.token_faults == 0).all(), REFUSAL)
+    return mask
 
 
 def register() -> None:

@@ -40,6 +40,7 @@ FAMILIES = {
         Family("Qwen2_5_VLForConditionalGeneration"),
         Family("Qwen3VLForConditionalGeneration", deepstack=True),
         Family("Gemma3ForConditionalGeneration"),
+        Family("Gemma4ForConditionalGeneration"),
         Family("PaliGemmaForConditionalGeneration", divided=True),
     )
 }

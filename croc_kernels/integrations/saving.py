@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import CONFIG_ENTRY, MODULE, attach
+from .attach import attach
+from .seams import CONFIG_ENTRY, MODULE
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
