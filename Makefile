@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 # Passed to every `pip install`, for example an index with CPU builds of torch.
 PIP_ARGS ?=
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(CONSTRAINTS))
-DEMO_ARGS ?=
+DEMO_ARGS ?= --output croc-demo
 TEST_ARGS ?=
 BENCH_ARGS ?=
 

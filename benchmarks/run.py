@@ -81,12 +81,14 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def run_rows(device: str, select: str, folder: Path) -> tuple[int, dict, dict]:
+def run_rows(device: str, select: str, seconds: int | None, folder: Path) -> tuple[int, dict, dict]:
     """Run pytest-benchmark; its exit status, its JSON, and what was absent or failed."""
     measured, outcomes = folder / "rows.json", folder / "outcomes.json"
     options = "-q --no-header -p no:cacheprovider -W ignore --benchmark-columns=median,iqr,rounds"
     command = [sys.executable, "-m", "pytest", str(HERE), *options.split()]
     command += [f"--device={device}", f"--outcomes={outcomes}", f"--benchmark-json={measured}"]
+    if seconds is not None:
+        command.append(f"--seconds={seconds}")
     if select:
         command += ["-k", select]
     status = subprocess.run(command, cwd=HERE.parent, check=False).returncode
@@ -121,7 +123,7 @@ def main() -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     about = machine(device)
     with tempfile.TemporaryDirectory() as folder:
-        status, measured, outcomes = run_rows(device, args.select, Path(folder))
+        status, measured, outcomes = run_rows(device, args.select, args.seconds, Path(folder))
     about["gpu_after"] = gpu_state() if device == "cuda" else None
     rows = [row["extra_info"] for row in measured.get("benchmarks", [])]
     name = about["gpu"].get("name", "gpu") if about["gpu"] else "cpu"

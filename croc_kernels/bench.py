@@ -12,6 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``croc-kernels bench`` and of ``python -m benchmarks.run``."""
     parser.add_argument("-k", dest="select", default="", help="rows to run, a pytest expression")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
+    parser.add_argument(
+        "--seconds", type=int, help="start no row after so many; the rest is listed"
+    )
     parser.add_argument("--output", type=Path, help="folder of results; default benchmarks/results")
 
 
@@ -29,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
         command += ["-k", args.select]
     if args.device:
         command += ["--device", args.device]
+    if args.seconds is not None:
+        command += ["--seconds", str(args.seconds)]
     if args.output:
         command += ["--output", str(args.output.resolve())]
     return subprocess.run(command, cwd=ROOT, check=False).returncode

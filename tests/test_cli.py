@@ -48,7 +48,7 @@ def test_a_command_gets_its_own_options_only(monkeypatch):
 
     monkeypatch.setattr(bench, "run", run)
     assert cli.main(["bench", "-k", "cost", "--device", "cpu"]) == 3
-    assert got == {"select": "cost", "device": "cpu", "output": None}
+    assert got == {"select": "cost", "device": "cpu", "seconds": None, "output": None}
 
 
 def test_a_command_whose_module_is_missing_is_not_offered(monkeypatch, capsys):
