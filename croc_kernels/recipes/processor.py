@@ -4,14 +4,7 @@ model inputs.
 
 from pathlib import Path
 
-from transformers import (
-    AutoImageProcessor,
-    AutoProcessor,
-    AutoTokenizer,
-    LlavaProcessor,
-    PreTrainedConfig,
-    ProcessorMixin,
-)
+from transformers import AutoProcessor, LlavaProcessor, PreTrainedConfig, ProcessorMixin
 
 # Used where neither the processor nor its tokenizer brings a chat template. It renders
 #   USER: <image>\nDescribe the picture. ASSISTANT: A cat sleeps on a sofa.</s>USER: ...
@@ -41,44 +34,48 @@ def chat_template(processor: ProcessorMixin) -> str:
     return template or plain_template(processor.image_token, processor.tokenizer.eos_token)
 
 
-def _assemble(model: str | Path, config: PreTrainedConfig) -> ProcessorMixin:
-    """A LlavaProcessor from a tokenizer and an image processor that were saved without one."""
+def _complete(processor: LlavaProcessor, config: PreTrainedConfig) -> LlavaProcessor:
+    """A LlavaProcessor of the same parts that knows how many tokens an image of this model has."""
     vision = config.vision_config
-    # CLIP puts one class token before the patches, SigLIP none; "default" drops the first token
-    # again.
+    # CLIP puts one class token before the patches, SigLIP none; "default" drops the first token.
     has_class_token = "clip" in vision.model_type and "siglip" not in vision.model_type
-    tokenizer = AutoTokenizer.from_pretrained(model)
     return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(model),
-        tokenizer=tokenizer,
+        image_processor=processor.image_processor,
+        tokenizer=processor.tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
+        chat_template=processor.chat_template,
+        image_token=processor.tokenizer.convert_ids_to_tokens(config.image_token_id),
         num_additional_image_tokens=int(has_class_token),
     )
 
 
 def load_processor(model: str | Path, config: PreTrainedConfig) -> ProcessorMixin:
-    """Load the processor saved with a model, or assemble one for a LLaVA saved without.
+    """Load a model's processor; complete it for a LLaVA saved with a tokenizer and an image
+    processor only, as its older releases are.
 
     Args:
         model: directory or name.
         config: the model's.
 
     Raises:
-        RuntimeError: there is none and the model is no LLaVA, or its tokenizer is not a fast one.
+        RuntimeError: there is none, or its tokenizer is not a fast one.
     """
     try:
         processor = AutoProcessor.from_pretrained(model)
-    except (OSError, ValueError):
-        processor = None
+    except (OSError, ValueError) as error:
+        raise RuntimeError(
+            f"load_processor: {model} must have a processor; save one with "
+            f"AutoProcessor.save_pretrained ({error})"
+        ) from None
     if not hasattr(processor, "image_processor"):
-        if config.model_type != "llava":
-            raise RuntimeError(
-                f"load_processor: {model} must have a processor with an image processor, got "
-                f"{type(processor).__name__}; save one with AutoProcessor.save_pretrained"
-            )
-        processor = _assemble(model, config)
+        raise RuntimeError(
+            f"load_processor: the processor of {model} must have an image processor, got "
+            f"{type(processor).__name__}"
+        )
+    # Where no processor was saved, transformers makes a LlavaProcessor that knows no patch size.
+    if isinstance(processor, LlavaProcessor) and processor.patch_size is None:
+        processor = _complete(processor, config)
     if not processor.tokenizer.is_fast:
         raise RuntimeError(
             f"load_processor: the tokenizer of {model} must be a fast one, which tells where in "
