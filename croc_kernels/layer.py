@@ -359,7 +359,7 @@ class CrocLayer(nn.Module):
         """Draw and match micro-batches of normalised (S, C) tokens together; one Matching each."""
         counts = [tuple(masked_count(x, self._ratio) for x in group) for group in lengths]
         nearest = self.recipe.matching == "nearest"
-        most = max((count for group in counts for count in group), default=0)
+        most = max([0, *(count for group in counts for count in group)])
         if most > self.pool_size and not nearest and not self.allow_reuse:
             raise ValueError(
                 f"{function}: an image must have at most pool_size = {self.pool_size} masked "

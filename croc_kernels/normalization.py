@@ -2,10 +2,19 @@
 pass.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 _EPSILON = 1e-12
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast would copy a half-precision input to float32 before its norm is taken."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class _Normalize(torch.autograd.Function):
@@ -14,7 +23,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x.device):
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
             norm = norm.clamp_min(_EPSILON)
             y = (x / norm).to(x.dtype)
@@ -25,7 +34,7 @@ class _Normalize(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         y, norm = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad.device):
             wide = grad.to(norm.dtype)
             # A row shorter than eps was only divided by eps.
             along = (wide * y).sum(-1, keepdim=True).masked_fill(norm <= _EPSILON, 0.0)

@@ -34,6 +34,11 @@ def device_integers(values: Sequence[int], device: torch.device) -> Tensor:
     """
     if device.type == "cpu":
         return torch.tensor(values, dtype=torch.int64, device=device)
+    return as_kernel_arguments(values, device)
+
+
+def as_kernel_arguments(values: Sequence[int], device: torch.device) -> Tensor:
+    """:func:`device_integers` for devices that run behind the host."""
     result = torch.zeros(len(values), dtype=torch.int64, device=device)
     if values:
         torch._foreach_add_(list(result.split(1)), list(values))
