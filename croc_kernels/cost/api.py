@@ -65,7 +65,7 @@ def _prepare(
     _check_rows(function, tokens, token_index, num_rows)
     check_shape(function, "pool", pool, (pool.shape[0], tokens.shape[-1]), "(M, C)")
     check_choice(function, "metric", metric, METRICS)
-    if backend == "auto":
+    if backend == "auto" and not torch.compiler.is_compiling():
         log_choice(function, choice, f"{tokens.device.type} tensors")
     return choice
 

@@ -116,7 +116,7 @@ def replace_tokens(
     choice = resolve("replace_tokens", backend, embeddings)
     if choice == "reference":
         return reference.replace_tokens(embeddings, where, pool, index)
-    if backend == "auto":
+    if backend == "auto" and not torch.compiler.is_compiling():
         log_choice("replace_tokens", choice, f"{embeddings.device.type} tensors")
     # Clearing the sign makes a negative index too large: -1 is how the op says "keep".
     source = torch.where(where, index.long() & _SIGN_CLEARED, -1).reshape(-1)
@@ -210,7 +210,7 @@ def reconstruction_loss(
     choice = resolve("reconstruction_loss", backend, prediction)
     if choice == "reference":
         return reference.reconstruction_loss(prediction, target, where, beta, reduction, num_items)
-    if backend == "auto":
+    if backend == "auto" and not torch.compiler.is_compiling():
         log_choice("reconstruction_loss", choice, f"{prediction.device.type} tensors")
     arguments = (prediction, target.detach(), where, float(beta))
     if prediction.requires_grad and torch.is_grad_enabled():

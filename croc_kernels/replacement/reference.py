@@ -4,7 +4,8 @@ r"""The definitions of replacement and reconstruction loss, in differentiable Py
           L = \frac{1}{|S|\,C} \sum_{t \in S} \sum_c h_\beta(a_{tc} - b_{tc}), \qquad
           h_\beta(d) = \begin{cases} d^2 / 2\beta & |d| < \beta \\ |d| - \beta / 2 \end{cases}
 
-They compute in float32, or in float64 as soon as one operand is float64.
+They compute in float32, or in float64 as soon as one operand is float64. Pool rows are converted
+before they are drawn, so that their gradients add up in that precision too.
 """
 
 import torch
@@ -25,8 +26,9 @@ def replace_tokens(embeddings: Tensor, where: Tensor, pool: Tensor, index: Tenso
     if pool.shape[0] == 0:
         return torch.where(where[..., None], torch.nan, embeddings)
     rows = torch.where(where & valid, index, 0)
-    drawn = pool.index_select(0, rows.reshape(-1)).reshape(*index.shape, pool.shape[1])
-    drawn = torch.where(valid[..., None], drawn.to(embeddings.dtype), torch.nan)
+    double = torch.float64 in (embeddings.dtype, pool.dtype)
+    drawn = pool.to(torch.float64 if double else torch.float32)[rows]
+    drawn = torch.where(valid[..., None], drawn, torch.nan).to(embeddings.dtype)
     return torch.where(where[..., None], drawn, embeddings)
 
 
