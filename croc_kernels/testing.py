@@ -1,7 +1,9 @@
 """Inputs and error budgets shared by tests, benchmarks and ``croc-kernels selftest``."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 EPSILON = {
     torch.float64: 2.0**-52,
@@ -53,3 +55,54 @@ def clustered_tokens(
     tokens = torch.gather(centres, 1, pick[..., None].expand(-1, -1, dim))
     tokens = tokens + noise * torch.randn(batch, num_tokens, dim, generator=generator)
     return torch.nn.functional.normalize(tokens, dim=-1).to(device)
+
+
+@torch.no_grad()
+def assert_attention_matches_eager(model: nn.Module, batch: dict[str, Any]) -> float:
+    """Assert that a transformers model gives the same logits with our attention as with eager.
+
+    One line to find out whether a model's masks survive ``attn_implementation="croc"``. Use a batch
+    that would tell: two images of two or more tokens in a sample, and padding. Our difference may
+    be twice that of sdpa, which sees the same masks, plus rounding.
+
+    Args:
+        model: any transformers model without an attached layer; its attention is restored.
+        batch: its inputs. Rows where ``attention_mask`` is 0 are not compared.
+
+    Returns:
+        The largest difference of the logits.
+
+    Raises:
+        AssertionError: they differ by more.
+        ImportError: transformers is missing or out of range.
+    """
+    from .integrations.attention_interface import NAME, register
+
+    register()
+    configs = {
+        id(module.config): module.config
+        for module in model.modules()
+        if hasattr(getattr(module, "config", None), "_attn_implementation")
+    }
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    training = model.training
+    model.eval()
+    logits = {}
+    try:
+        for name in ("eager", "sdpa", NAME):
+            for config in configs.values():
+                config._attn_implementation = name
+            logits[name] = model(**batch).logits
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        model.train(training)
+    exact = logits["eager"]
+    if (valid := batch.get("attention_mask")) is not None:
+        logits = {name: value[valid.bool()] for name, value in logits.items()}
+        exact = logits["eager"]
+    error = max_error(logits[NAME], exact)
+    floor = 16 * EPSILON[exact.dtype] * exact.abs().max().item()
+    budget = 2.0 * max_error(logits["sdpa"], exact) + floor
+    assert error <= budget, f"{type(model).__name__}: logits differ by {error:.3e} > {budget:.3e}"
+    return error

@@ -362,3 +362,9 @@ def prompts_only(inputs: dict[str, Any], row: int = 0) -> dict[str, Any]:
         if name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
     }
     return cut
+
+
+def first_pixels(case: Case, n: int) -> dict[str, Any]:
+    """Pixels of ``n`` images of the geometry that :func:`batch` starts with."""
+    torch.manual_seed(7)
+    return case.pixels(n)

@@ -141,14 +141,14 @@ def find_newlines(
     return Newlines(lengths, marks)
 
 
-def read_features(family: Family, output: Any) -> tuple[Any, list[Tensor], list[Tensor]]:
+def read_features(family: Family, output: Any) -> tuple[Any, list[Tensor], list[Any]]:
     """What ``get_image_features`` returned, taken apart.
 
     Returns:
         The features as they came (a list, tuple or tensor), one (T, C) tensor per image, and the
         deepstack features.
     """
-    deepstack: list[Tensor] = []
+    deepstack: list[Any] = []
     features = output
     if hasattr(output, "pooler_output"):
         features = output.pooler_output
@@ -163,8 +163,16 @@ def read_features(family: Family, output: Any) -> tuple[Any, list[Tensor], list[
     return features, images, deepstack
 
 
+def hide(feature: Any, shown: Tensor) -> Any:
+    """A deepstack feature, zero where ``shown`` (S, 1) is False; one tensor, or one per image."""
+    if isinstance(feature, Tensor):
+        return feature * shown
+    parts = shown.split([image.shape[0] for image in feature])
+    return type(feature)(image * part for image, part in zip(feature, parts, strict=True))
+
+
 def write_features(
-    family: Family, output: Any, features: Any, images: list[Tensor], deepstack: list[Tensor]
+    family: Family, output: Any, features: Any, images: list[Tensor], deepstack: list[Any]
 ) -> Any:
     """The inverse of :func:`read_features`."""
     if isinstance(features, Tensor):

@@ -160,7 +160,7 @@ class Attachment:
             changed = self._replace_rows(rows, active)
         if active:
             shown = ~step.replacement.masked[:, None]
-            deepstack = [feature * shown for feature in deepstack]
+            deepstack = [families.hide(feature, shown) for feature in deepstack]
         parts = list(changed.split(list(step.row_lengths)))
         return families.write_features(self.family, output, held, parts, deepstack)
 
