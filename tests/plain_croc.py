@@ -31,12 +31,14 @@ class PlainConfig:
 @dataclass
 class PlainSample:
     """One conversation: ``ids`` holds IMAGE once per visual token; ``images`` their (T, V) tower
-    output.
+    output. ``with_images`` says whether its micro-batch has any image: where none has, the released
+    code stays causal.
     """
 
     ids: list[int]
     labels: list[int]
     images: list[Tensor]
+    with_images: bool = True
 
 
 class PlainCroc:
@@ -91,7 +93,7 @@ class PlainCroc:
                 mask[i, j] = j <= i
                 if self.config.recipe == "croc" and image_of[i] is not None:
                     mask[i, j] = mask[i, j] or image_of[i] == image_of[j]
-                if self.config.recipe == "croc-released":
+                if self.config.recipe == "croc-released" and sample.with_images:
                     mask[i, j] = mask[i, j] or j < prefix
         return mask
 

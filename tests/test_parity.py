@@ -4,19 +4,31 @@ Both sides start from the same weights and see the same masks: the drawn mask is
 data, nothing else is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from plain_croc import IGNORED, IMAGE, PlainConfig, PlainCroc, PlainSample
 from torch import Tensor
 
 import croc_kernels as ck
+from croc_kernels.integrations import transformers as croc
 
 RECIPES = ("croc", "croc-released", "victor")
 STEPS = 20
 VOCABULARY, VISION, HIDDEN, HEADS, KEY_HEADS, LAYERS, POOL = 20, 12, 32, 4, 2, 2, 24
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors this small only wait for a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def plain_names(layer: ck.CrocLayer) -> dict[str, Tensor]:
@@ -167,6 +179,31 @@ def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
 
 
+def assert_same_curves(
+    run: Callable[[Any], tuple[Tensor, Tensor, list[list[bool]]]],
+    plain: PlainCroc,
+    optimizers: list[torch.optim.Optimizer],
+    steps: list[Any],
+    samples_of: Callable[[Any], list[PlainSample]],
+) -> None:
+    """Train both sides on ``steps`` in turn; ``run`` does the package's forward and backward."""
+    curve = []
+    for number in range(STEPS):
+        step = steps[number % len(steps)]
+        caption, reconstruction, masked = run(step)
+        plain_caption, plain_reconstruction = plain.losses(samples_of(step), masked)
+        (plain_caption + 10.0 * plain_reconstruction).backward()
+        assert abs(caption.item() - plain_caption.item()) < 1e-5, number
+        assert abs(reconstruction.item() - plain_reconstruction.item()) < 1e-5, number
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        curve.append((caption.item(), reconstruction.item()))
+    first, last = curve[: len(steps)], curve[-len(steps) :]
+    for i in range(2):
+        assert sum(x[i] for x in last) < 0.9 * sum(x[i] for x in first)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_loss_curves_equal_the_plain_implementation(recipe: str) -> None:
     generator = torch.Generator().manual_seed(7)
@@ -179,21 +216,146 @@ def test_loss_curves_equal_the_plain_implementation(recipe: str) -> None:
     plain_weights = as_plain(weights | plain_names(layer))
     plain = PlainCroc(PlainConfig(recipe, HIDDEN, HEADS, KEY_HEADS, LAYERS), plain_weights)
 
-    parameters = [*weights.values(), *layer.parameters()]
-    optimizers = [sgd(parameters), sgd(plain_weights.values())]
-    curve = []
-    for step in range(STEPS):
-        samples = data[step % len(data)]
+    def run(samples: list[PlainSample]) -> tuple[Tensor, Tensor, list[list[bool]]]:
         caption, reconstruction, masked = package.losses(samples)
-        plain_caption, plain_reconstruction = plain.losses(samples, masked)
-        assert abs(caption.item() - plain_caption.item()) < 1e-5, step
-        assert abs(reconstruction.item() - plain_reconstruction.item()) < 1e-5, step
         (caption + layer.loss_weight * reconstruction).backward()
-        (plain_caption + 10.0 * plain_reconstruction).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        curve.append((caption.item(), reconstruction.item()))
-    first, last = curve[: len(data)], curve[-len(data) :]
-    for i in range(2):
-        assert sum(x[i] for x in last) < 0.9 * sum(x[i] for x in first)
+        return caption, reconstruction, masked
+
+    optimizers = [sgd([*weights.values(), *layer.parameters()]), sgd(plain_weights.values())]
+    assert_same_curves(run, plain, optimizers, data, samples_of=lambda samples: samples)
+
+
+# --- the same through transformers ---------------------------------------------------------------
+
+IMAGE_ID = VOCABULARY
+PATCHES = 9
+
+
+def tiny_llava() -> transformers.LlavaForConditionalGeneration:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=VISION,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=12,
+        patch_size=4,
+    )
+    text = transformers.LlamaConfig(
+        vocab_size=VOCABULARY + 1,
+        hidden_size=HIDDEN,
+        intermediate_size=3 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KEY_HEADS,
+        initializer_range=0.15,
+    )
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_ID, image_seq_length=PATCHES
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def llava_names(model: transformers.LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    """Projector, embedding and decoder under the plain implementation's names."""
+    projector, text = model.model.multi_modal_projector, model.model.language_model
+    names = {
+        "projector.0.weight": projector.linear_1.weight,
+        "projector.0.bias": projector.linear_1.bias,
+        "projector.1.weight": projector.linear_2.weight,
+        "projector.1.bias": projector.linear_2.bias,
+        "embedding": text.embed_tokens.weight,
+        "lm_head.weight": model.lm_head.weight,
+        "norm": text.norm.weight,
+    }
+    for n, layer in enumerate(text.layers):
+        for part in "qkvo":
+            names[f"layers.{n}.{part}.weight"] = getattr(layer.self_attn, f"{part}_proj").weight
+        for part in ("gate", "up", "down"):
+            names[f"layers.{n}.{part}.weight"] = getattr(layer.mlp, f"{part}_proj").weight
+        names[f"layers.{n}.norm1"] = layer.input_layernorm.weight
+        names[f"layers.{n}.norm2"] = layer.post_attention_layernorm.weight
+    return names
+
+
+def llava_batch(
+    model: transformers.LlavaForConditionalGeneration,
+    layouts: list[tuple[list[int], int]],
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], list[PlainSample]]:
+    """One micro-batch as the model takes it, and as the plain implementation does."""
+    samples = [sample(*layout, generator) for layout in layouts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([torch.tensor(s.ids) for s in samples], True, 0)
+    inputs = {
+        "input_ids": ids.masked_fill(ids == IMAGE, IMAGE_ID),
+        "labels": pad([torch.tensor(s.labels) for s in samples], True, IGNORED),
+        "attention_mask": pad([torch.ones(len(s.ids), dtype=torch.long) for s in samples], True, 0),
+    }
+    count = sum(len(s.images) for s in samples)
+    if not count:
+        samples = [PlainSample(s.ids, s.labels, [], with_images=False) for s in samples]
+    else:
+        pixels = torch.randn(count, 3, 12, 12, generator=generator)
+        with torch.no_grad():
+            tower = model.model.vision_tower(pixels, output_hidden_states=True)
+        # LLaVA takes the layer before the last, without the class token.
+        seen = iter(tower.hidden_states[-2][:, 1:])
+        samples = [PlainSample(s.ids, s.labels, [next(seen) for _ in s.images]) for s in samples]
+        inputs["pixel_values"] = pixels
+    return inputs, samples
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_llava_loss_curves_equal_the_plain_implementation(
+    recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(11)
+    model = tiny_llava()
+    model.model.vision_tower.requires_grad_(False)
+    layer = croc.attach(model, recipe, pool_size=POOL, num_positions=16)
+    model.train()
+    # Dropout of the released head can't be shared; everything else of training mode stays.
+    layer.head.eval()
+    generator = torch.Generator().manual_seed(7)
+    layouts = [
+        [[([-2, 9, -1], 4), ([-1, 9, -2, 9], 3), ([-5], 3)]],
+        # An optimizer step of three micro-batches, one without images: the losses are means over
+        # the step.
+        [[([9, -3], 5), ([-1, 9], 2)], [([-4], 2)], [([-3, 9, -1, 9, -1], 6)]],
+    ]
+    steps = [[llava_batch(model, batch, generator) for batch in step] for step in layouts]
+    plain_weights = as_plain(llava_names(model) | plain_names(layer))
+    plain = PlainCroc(PlainConfig(recipe, HIDDEN, HEADS, KEY_HEADS, LAYERS), plain_weights)
+    drawn = []
+    replace = layer.replace
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        replacement = replace(*args, **kwargs)
+        drawn.extend(m.tolist() for m in replacement.masked.split(list(replacement.lengths)))
+        return replacement
+
+    monkeypatch.setattr(layer, "replace", recording)
+
+    def run(step: list[Any]) -> tuple[Tensor, Tensor, list[list[bool]]]:
+        drawn.clear()
+        labels = sum(int((inputs["labels"][:, 1:] != IGNORED).sum()) for inputs, _ in step)
+        images = [PATCHES for _, samples in step for s in samples for _ in s.images]
+        totals = {
+            "num_items_in_batch": torch.tensor(labels),
+            "num_masked_in_batch": layer.num_loss_tokens(images),
+        }
+        caption, reconstruction = torch.zeros(()), torch.zeros(())
+        for inputs, _ in step:
+            output = model(**inputs, **totals)
+            output.loss.backward()
+            caption += output["caption_loss"]
+            reconstruction += output["reconstruction_loss"]
+        return caption, reconstruction, list(drawn)
+
+    optimizers = [
+        sgd(p for p in model.parameters() if p.requires_grad),
+        sgd(plain_weights.values()),
+    ]
+    assert_same_curves(
+        run, plain, optimizers, steps, lambda step: [s for _, samples in step for s in samples]
+    )
