@@ -181,8 +181,8 @@ def _reconstruction_loss_fwd_fake(prediction, target, where, beta, prediction_gr
     return prediction.new_empty((), dtype=dtype), prediction.new_empty((), dtype=dtype), gradient
 
 
-# source: (T,) int64 over the flat rows: -1 keeps the embedding, else the pool row; rows that the
-# pool does not have raise on CPU and become NaN on CUDA.
+# source: (T,) int64 over the flat rows: the pool row, or replacement.config.KEEP for the embedding.
+# Rows that the pool does not have raise on CPU and become NaN on CUDA.
 replace_tokens_fwd = _define(
     "replace_tokens_fwd(Tensor embeddings, Tensor pool, Tensor source) -> Tensor",
     triton=".replacement.kernel:replace_tokens_fwd",

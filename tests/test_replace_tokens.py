@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from croc_kernels import ops, replace_tokens
+from croc_kernels.replacement.config import KEEP
 
 BACKENDS = ("auto", "reference")
 PAIRS = [
@@ -203,7 +204,7 @@ def test_replace_tokens_errors(error: type[Exception], message: str, arguments: 
 
 
 def test_replace_tokens_opcheck() -> None:
-    source = torch.tensor([[-1, 2, 0], [2, -1, 4]]).reshape(-1)
+    source = torch.tensor([KEEP, 2, 0, 2, KEEP, 4])
     embeddings, pool = torch.randn(2, 3, 4), torch.randn(5, 4)
     torch.library.opcheck(ops.replace_tokens_fwd, (embeddings, pool, source))
     for wanted in ((True, True), (True, False), (False, True)):

@@ -30,7 +30,9 @@ def _distance(x: Tensor, pool: Tensor, metric: str) -> Tensor:
     if metric == "l2":
         return cost
     cost = cost * cost
-    return cost if metric == "l2sq" else torch.where(directionless, 1.0, 0.5 * cost)
+    if metric == "l2sq":
+        return cost
+    return torch.where(directionless & ~cost.isnan(), 1.0, 0.5 * cost)
 
 
 def _live(shape: tuple[int, ...], num_rows: Tensor | None) -> Tensor | None:

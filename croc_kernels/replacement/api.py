@@ -18,9 +18,9 @@ from ..checks import (
     check_tensor,
 )
 from . import reference
+from .config import KEEP
 
 _REDUCTIONS = ("mean", "sum")
-_SIGN_CLEARED = 2**63 - 1
 
 
 class _ReplaceTokens(torch.autograd.Function):
@@ -118,8 +118,7 @@ def replace_tokens(
         return reference.replace_tokens(embeddings, where, pool, index)
     if backend == "auto" and not torch.compiler.is_compiling():
         log_choice("replace_tokens", choice, f"{embeddings.device.type} tensors")
-    # Clearing the sign makes a negative index too large: -1 is how the op says "keep".
-    source = torch.where(where, index.long() & _SIGN_CLEARED, -1).reshape(-1)
+    source = torch.where(where, index.long().clamp(min=KEEP + 1), KEEP).reshape(-1)
     return _ReplaceTokens.apply(embeddings, pool, source)
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .config import KEEP
+
 _CHUNK_ELEMENTS = 2**22
 
 
@@ -12,14 +14,10 @@ def _precision(*tensors: Tensor) -> torch.dtype:
 
 
 def _check_source(source: Tensor, pool_size: int) -> None:
-    bad = source[(source < -1) | (source >= pool_size)]
+    bad = source[(source != KEEP) & ((source < 0) | (source >= pool_size))]
     if bad.numel() > 0:
-        # The sign bit was cleared to tell a selected token's -1 from "keep": show what the caller
-        # gave.
-        value = bad[0].item()
-        value = value - 2**63 if value >= 2**62 else value
         raise ValueError(
-            f"replace_tokens: index must be in [0, {pool_size}) where selected, got {value}"
+            f"replace_tokens: index must be in [0, {pool_size}) where selected, got {bad[0].item()}"
         )
 
 
@@ -47,7 +45,7 @@ def replace_tokens_bwd(
     if embeddings_grad:
         embeddings = grad_out.clone(memory_format=torch.contiguous_format)
         if embeddings.numel() > 0:
-            embeddings.view(-1, dim)[source >= 0] = 0
+            embeddings.view(-1, dim)[source != KEEP] = 0
     pool = grad_out.new_zeros((pool_size if pool_grad else 0, dim), dtype=pool_dtype)
     if pool_grad and grad_out.numel() > 0:
         rows = grad_out.reshape(-1, dim)

@@ -13,6 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import KEEP
+
+_KEEP = tl.constexpr(KEEP)
+
 
 @triton.jit
 def _row_offset(row, length, stride_b, stride_l):
@@ -30,8 +34,8 @@ def _replace_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (col < dim)[None, :]
-    source = tl.load(source_ptr + row, mask=row < rows, other=-1)
-    keep = (source == -1)[:, None]
+    source = tl.load(source_ptr + row, mask=row < rows, other=_KEEP)
+    keep = (source == _KEEP)[:, None]
     known = ((source >= 0) & (source < pool_size))[:, None]
     # Each row is read from one of the two: lanes that are masked off cause no traffic.
     kept = tl.load(
@@ -58,7 +62,7 @@ def _keep_gradient_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = (row < rows)[:, None] & (col < dim)[None, :]
-    keep = tl.load(source_ptr + row, mask=row < rows, other=0) == -1
+    keep = tl.load(source_ptr + row, mask=row < rows, other=0) == _KEEP
     offset = _row_offset(row, length, stride_gb, stride_gl)[:, None] + col[None, :]
     value = tl.load(grad_ptr + offset, mask=inside & keep[:, None], other=0.0)
     tl.store(out_ptr + row.to(tl.int64)[:, None] * dim + col[None, :], value, mask=inside)

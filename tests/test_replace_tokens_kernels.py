@@ -1,0 +1,216 @@
+"""The Triton kernels of replace_tokens and reconstruction_loss: on a GPU, else interpreted.
+
+test_token_cost_fresh.py runs this file with TRITON_INTERPRET=1, fp16, fp32 and fp64 (the
+interpreter truncates to bf16 where the hardware rounds).
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from croc_kernels import reconstruction_loss, replace_tokens
+from croc_kernels.testing import assert_within_budget
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
+BF16 = (torch.bfloat16,) if DEVICE == "cuda" else ()
+DTYPES = (torch.float16, torch.float32, torch.float64, *BF16)
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED,
+    reason="needs a CUDA device or TRITON_INTERPRET=1 (test_token_cost_fresh.py sets it)",
+)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype).to(DEVICE)
+
+
+def selection(shape: tuple[int, ...], m: int) -> tuple[Tensor, Tensor]:
+    where = torch.rand(shape) < 0.75
+    index = torch.where(where, torch.randint(m, shape), torch.tensor(-(2**60)))
+    return where.to(DEVICE), index.to(DEVICE)
+
+
+def replace_and_gradients(
+    embeddings: Tensor, where: Tensor, pool: Tensor, index: Tensor, upstream: Tensor, backend: str
+) -> tuple[Tensor, ...]:
+    leaves = [x.detach().clone().requires_grad_() for x in (embeddings, pool)]
+    out = replace_tokens(leaves[0], where, leaves[1], index, backend=backend)
+    return out, *torch.autograd.grad(out, leaves, upstream)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pool_dtype", [None, torch.float32], ids=["same", "pool-fp32"])
+@pytest.mark.parametrize(
+    ("shape", "m", "dim"),
+    [((64,), 16, 64), ((3, 21), 5, 131), ((2, 3, 5), 300, 17), ((), 1, 1), ((2, 40), 1, 1100)],
+    ids=str,
+)
+def test_replace_tokens_kernel(
+    shape: tuple[int, ...], m: int, dim: int, pool_dtype: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    where, index = selection(shape, m)
+    embeddings, pool = draw(*shape, dim, dtype=dtype), draw(m, dim, dtype=pool_dtype or dtype)
+    upstream = draw(*shape, dim, dtype=dtype)
+    operands = (embeddings, where, pool, index, upstream)
+    out, grad, pool_grad = replace_and_gradients(*operands, "triton")
+    expected, expected_grad, plain = replace_and_gradients(*operands, "reference")
+    assert torch.equal(out, expected)
+    assert torch.equal(grad, expected_grad)
+    exact = torch.zeros(m, dim, dtype=torch.float64, device=DEVICE)
+    exact.index_add_(0, index[where], upstream[where].double())
+    assert pool_grad.dtype == pool.dtype
+    assert_within_budget(pool_grad, exact, plain, pool.dtype, "pool gradient")
+    assert (pool_grad[exact.eq(0).all(-1)] == 0).all()
+
+
+def test_replace_tokens_kernel_all_draw_one_row() -> None:
+    # What nearest-row matching does at the start: one segment of all tokens.
+    where = torch.ones(130, dtype=torch.bool, device=DEVICE)
+    index = torch.full((130,), 3, device=DEVICE)
+    pool = draw(5, 40).requires_grad_()
+    upstream = draw(130, 40)
+    grads = [
+        torch.autograd.grad(
+            replace_tokens(draw(130, 40), where, pool, index, backend="triton"), pool, upstream
+        )[0]
+        for _ in range(2)
+    ]
+    assert torch.equal(*grads)
+    torch.testing.assert_close(grads[0][3].double(), upstream.double().sum(0), rtol=0, atol=1e-4)
+    assert grads[0].count_nonzero() == 40
+
+
+def test_replace_tokens_kernel_bad_index_is_nan() -> None:
+    where = torch.tensor([True, True, True, False, True], device=DEVICE)
+    index = torch.tensor([0, -1, 4, 99, -(2**63)], device=DEVICE)
+    embeddings, pool = draw(5, 20).requires_grad_(), draw(4, 20).requires_grad_()
+    out = replace_tokens(embeddings, where, pool, index, backend="triton")
+    bad = torch.tensor([False, True, True, False, True], device=DEVICE)
+    assert torch.equal(out.isnan().all(-1), bad)
+    assert torch.equal(out.isnan().any(-1), bad)
+    grads = torch.autograd.grad(out, (embeddings, pool), torch.ones_like(out))
+    expected = torch.zeros(5, 20, device=DEVICE)
+    expected[3] = 1.0
+    assert torch.equal(grads[0], expected)
+    expected = torch.zeros(4, 20, device=DEVICE)
+    expected[0] = 1.0
+    assert torch.equal(grads[1], expected)
+
+
+def test_replace_tokens_kernel_strides() -> None:
+    where, index = selection((3, 8), 5)
+    wide, pool = draw(3, 20, 48), draw(24, 5).T
+    for embeddings in (
+        wide[:, 4:12, 5:29],
+        wide[:, :8, ::2],
+        wide.transpose(1, 2)[:, :8, :20].expand(3, 8, 20)[..., :12].repeat(1, 1, 2),
+        wide[:1, :8, :24].expand(3, 8, 24),
+    ):
+        upstream = draw(24, 8, 3).permute(2, 1, 0)
+        leaf, row = embeddings.detach().requires_grad_(), pool.detach().requires_grad_()
+        out = replace_tokens(leaf, where, row, index, backend="triton")
+        assert torch.equal(out, replace_tokens(embeddings, where, pool, index, backend="reference"))
+        grads = torch.autograd.grad(out, (leaf, row), upstream)
+        assert torch.equal(grads[0], torch.where(where[..., None], 0.0, upstream))
+        exact = torch.zeros(5, 24, device=DEVICE).index_add_(0, index[where], upstream[where])
+        torch.testing.assert_close(grads[1], exact)
+    # Five dimensions, and the stride-0 gradient of a sum.
+    deep = draw(2, 3, 4, 2, 8).requires_grad_()
+    where, index = selection((2, 3, 4, 2), 5)
+    rows = draw(5, 8)
+    replace_tokens(deep, where, rows, index, backend="triton").sum().backward()
+    assert torch.equal(deep.grad, (~where).float()[..., None].expand_as(deep))
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
+def test_replace_tokens_kernel_of_nothing(shape: tuple[int, ...]) -> None:
+    where, index = selection(shape, 5)
+    embeddings, pool = draw(*shape, 4).requires_grad_(), draw(5, 4).requires_grad_()
+    replace_tokens(embeddings, where, pool, index, backend="triton").sum().backward()
+    assert torch.equal(pool.grad, torch.zeros(5, 4, device=DEVICE))
+
+
+def loss_and_gradient(
+    prediction: Tensor, *operands: object, backend: str, **options: object
+) -> tuple[Tensor, Tensor]:
+    leaf = prediction.detach().clone().requires_grad_()
+    loss = reconstruction_loss(leaf, *operands, backend=backend, **options)
+    return loss, torch.autograd.grad(1.7 * loss, leaf)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("target_dtype", [None, torch.float32], ids=["same", "target-fp32"])
+@pytest.mark.parametrize("beta", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("selected", [True, False], ids=["where", "all"])
+def test_reconstruction_loss_kernel(
+    selected: bool, beta: float, target_dtype: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    prediction = draw(3, 7, 131, dtype=dtype)
+    target = prediction.float() + (beta or 1.0) * draw(3, 7, 131)
+    target = target.to(target_dtype or dtype)
+    where = (torch.rand(3, 7) < 0.6).to(DEVICE) if selected else None
+    loss, grad = loss_and_gradient(prediction, target, where, beta, backend="triton")
+    exact = loss_and_gradient(
+        prediction.double(), target.double(), where, beta, backend="reference"
+    )
+    plain = loss_and_gradient(prediction, target, where, beta, backend="reference")
+    assert loss.dtype == plain[0].dtype
+    assert abs(loss.item() - exact[0].item()) <= 3e-7 * exact[0].item()
+    assert grad.dtype == dtype
+    # Two roundings to the dtype, the stored slope's and the result's, against one: one more unit.
+    assert_within_budget(grad, exact[1], plain[1], dtype, "gradient")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"reduction": "sum"}, {"num_items": 7}, {"num_items": torch.tensor(7)}, {"num_items": 0.5}],
+    ids=["sum", "int", "tensor", "float"],
+)
+def test_reconstruction_loss_kernel_averages(options: dict) -> None:
+    prediction, target, where = draw(40, 24), draw(40, 24), (torch.rand(40) < 0.5).to(DEVICE)
+    got = loss_and_gradient(prediction, target, where, backend="triton", **options)
+    expected = loss_and_gradient(prediction, target, where, backend="reference", **options)
+    torch.testing.assert_close(got, expected)
+
+
+def test_reconstruction_loss_kernel_reads_only_what_is_selected() -> None:
+    prediction, target = draw(11, 40), draw(11, 40)
+    prediction[4], target[6] = float("nan"), float("inf")
+    where = torch.ones(11, dtype=torch.bool, device=DEVICE)
+    where[4] = where[6] = False
+    loss, grad = loss_and_gradient(prediction, target, where, backend="triton")
+    assert loss.isfinite()
+    assert (grad[~where] == 0).all()
+    where[:] = False
+    loss, grad = loss_and_gradient(prediction, target, where, backend="triton")
+    assert loss.item() == 0.0
+    assert (grad == 0).all()
+    where[4] = True
+    loss, grad = loss_and_gradient(prediction, target, where, backend="triton")
+    assert loss.isnan()
+    assert grad[4].isnan().all()
+
+
+def test_reconstruction_loss_kernel_strides_and_repeats() -> None:
+    wide, where = draw(3, 20, 48), (torch.rand(8, 3) < 0.5).T.to(DEVICE)
+    target = draw(24, 8, 3).permute(2, 1, 0)
+    for prediction in (wide[:, 4:12, 5:29], wide[:, :8, ::2], wide[:1, :8, :24].expand(3, 8, 24)):
+        leaf = prediction.detach().requires_grad_()
+        results = []
+        for operands in ((leaf, target), (leaf.contiguous(), target.contiguous())):
+            loss = reconstruction_loss(*operands, where, backend="triton")
+            results.append((loss, *torch.autograd.grad(loss, leaf)))
+        assert torch.equal(results[0][0], results[1][0])
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4), (3, 0)], ids=str)
+def test_reconstruction_loss_kernel_of_nothing(shape: tuple[int, ...]) -> None:
+    loss, grad = loss_and_gradient(draw(*shape), draw(*shape), backend="triton")
+    assert loss.item() == 0.0
+    assert grad.shape == shape
