@@ -119,6 +119,12 @@ def test_assert_attention_matches_eager_tells_a_wrong_mask(monkeypatch):
     assert MASKS["croc"] is croc_mask
 
 
+def test_assert_attention_matches_eager_wants_float32():
+    model = transformers.LlamaForCausalLM(zoo.llama()).bfloat16()
+    with pytest.raises(TypeError, match=r"must be float32 or float64, got torch\.bfloat16"):
+        assert_attention_matches_eager(model, {"input_ids": torch.randint(3, 90, (1, 5))})
+
+
 # --- packed rows ----------------------------------------------------------------------------------
 
 
