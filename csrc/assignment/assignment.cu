@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_assignment(
   const Plan plan = make_plan(a.max_n(), a.max_m(), shared_limit);
   Tensor workspace = make({plan_workspace(a, plan)}, ScalarType::Byte);
   a.workspace = workspace.mutable_data_ptr<uint8_t>();
-  StreamLauncher launch{
+  const StreamLauncher launch{
       static_cast<cudaStream_t>(current_cuda_stream(costs.get_device_index()))};
   if (wide) solve<double>(launch, a, plan);
   else solve<float>(launch, a, plan);

@@ -53,22 +53,22 @@ template <class T>
 __device__ bool place_bids(const Costs<T>& costs, const State& s, int num_free, double epsilon) {
   int made = 0;
   for (int k = warp_id(); k < num_free; k += warp_count()) {
-    const int row = s.free_rows[k];
+    const int row = s.list[k];
     const Bid bid = find_bid(costs, s, row);
     if (lane_id() != 0) continue;
     const bool taken = s.row_of[bid.column] >= 0;
     // The only column a row may have: any price is right, so none is made up.
     double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
     if (!is_finite(bid.least) || (taken && !(step > 0.0))) {
-      s.target[row] = -1;
+      s.target[k] = -1;
       continue;
     }
     step = fmax(step, 0.0);
-    s.target[row] = bid.column;
-    s.bid[row] = s.v[bid.column] - step;
+    s.target[k] = bid.column;
+    s.bid[k] = s.v[bid.column] - step;
     s.u[row] = bid.least + step;
     atomicMin(reinterpret_cast<unsigned long long*>(&s.best[bid.column]),
-              static_cast<unsigned long long>(ordered(s.bid[row])));
+              static_cast<unsigned long long>(ordered(s.bid[k])));
     made = 1;
   }
   return __syncthreads_or(made) != 0;
@@ -77,51 +77,43 @@ __device__ bool place_bids(const Costs<T>& costs, const State& s, int num_free, 
 // The best bid of each column takes it; among equal bids the lowest row.
 __device__ inline void award(const State& s, int num_free) {
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
-    const int row = s.free_rows[k], column = s.target[row];
-    if (column >= 0 && s.best[column] == ordered(s.bid[row])) atomicMin(&s.path[column], row);
+    const int row = s.list[k], column = s.target[k];
+    if (column >= 0 && s.best[column] == ordered(s.bid[k])) atomicMin(&s.path[column], row);
   }
   __syncthreads();
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
-    const int row = s.free_rows[k], column = s.target[row];
+    const int row = s.list[k], column = s.target[k];
     if (column < 0 || s.path[column] != row) continue;
     const int before = s.row_of[column];
     if (before >= 0) s.column_of[before] = -1;
     s.row_of[column] = row;
     s.column_of[row] = column;
-    s.v[column] = s.bid[row];
+    s.v[column] = s.bid[k];
   }
   __syncthreads();
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
-    const int column = s.target[s.free_rows[k]];
+    const int column = s.target[k];
     if (column >= 0) s.best[column] = ~uint64_t{0}, s.path[column] = kNobody;
   }
   __syncthreads();
 }
 
 // Rounds until at most `enough` rows are free, no bid can be made, or the limit is reached. Returns the free rows,
-// listed in s.free_rows.
+// listed in s.list.
 template <class T>
 __device__ int bid(const Costs<T>& costs, const State& s, double epsilon, int limit, int enough,
-                   int* rounds, int* bids) {
+                   int* counters) {
   const auto free = [&](int row) { return s.column_of[row] < 0; };
-  int num_free = block_collect(costs.n, s.free_rows, free);
+  int num_free = block_collect(costs.n, s.list, costs.n, free);
   for (int round = 0; round < limit && num_free > enough; ++round) {
-    ++*rounds;
-    *bids += num_free;
+    ++counters[kRounds];
+    counters[kBids] += num_free;
     const bool made = place_bids(costs, s, num_free, epsilon);
     award(s, num_free);
     if (!made) break;
-    num_free = block_collect(costs.n, s.free_rows, free);
+    num_free = block_collect(costs.n, s.list, costs.n, free);
   }
   return num_free;
-}
-
-constexpr int kEnoughFree = 8;     // a row less costs bidding more than a path of its own
-constexpr int kBiddingRounds = 40;
-
-template <class T>
-__device__ int search_bids(const Costs<T>& costs, const State& s, int* counters) {
-  return bid(costs, s, 0.0, kBiddingRounds, kEnoughFree, &counters[kRounds], &counters[kBids]);
 }
 
 // Matches every row that is alone with its nearest column, or first in line for it.
@@ -148,7 +140,7 @@ __device__ inline void match_nearest(const State& s, int n, int m) {
 template <class T>
 __device__ void settle_rows(const Costs<T>& costs, const State& s, int num_free) {
   for (int k = warp_id(); k < num_free; k += warp_count()) {
-    const int row = s.free_rows[k];
+    const int row = s.list[k];
     const Bid bid = find_bid(costs, s, row);
     if (lane_id() == 0) s.u[row] = bid.least;
   }

@@ -81,9 +81,10 @@ __device__ inline int block_count(int x, int turn) {
       __reduce_add_sync(kAllLanes, lane_id() < warp_count() ? slots[turn & 1][lane_id()] : 0u));
 }
 
-// Appends the indices below `count` for which `keep` holds to `list`, in order; returns how many.
+// Writes the indices below `count` for which `keep` holds to `list`, in order and at most `room` of them; returns how
+// many it wrote.
 template <class Keep>
-__device__ int block_collect(int count, int* list, Keep keep) {
+__device__ int block_collect(int count, int* list, int room, Keep keep) {
   __shared__ int slots[2][kWarp];
   int total = 0, turn = 0;
   for (int first = 0; first < count; first += blockDim.x, ++turn) {
@@ -94,11 +95,12 @@ __device__ int block_collect(int count, int* list, Keep keep) {
     __syncthreads();
     const int here = lane_id() < warp_count() ? slots[turn & 1][lane_id()] : 0;
     const int before = __reduce_add_sync(kAllLanes, lane_id() < warp_id() ? here : 0);
-    if (kept) list[total + before + __popc(votes & ((1u << lane_id()) - 1u))] = k;
+    const int place = total + before + __popc(votes & ((1u << lane_id()) - 1u));
+    if (kept && place < room) list[place] = k;
     total += static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(here)));
   }
   __syncthreads();
-  return total;
+  return min(total, room);
 }
 
 // The value of rank `rank` (0 is the least) among `count` non-negative floats, by bisection on their bits: one

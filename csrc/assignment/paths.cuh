@@ -2,7 +2,7 @@
 // scans one row per step; a step has one barrier and one dependent load from the costs.
 #pragma once
 
-#include "bidding.cuh"
+#include "auction.cuh"
 
 namespace croc::gpu {
 
@@ -92,6 +92,7 @@ __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<
   double distance = 0.0;
   for (int step = 0;; ++step) {
     const double base = distance - s.u[row];
+    const int twin = s.twin[row];
     double least = infinity();
     unsigned key = ~0u;
     for_own_fours<kGroups>(costs.m, [&](int slot, int first) {
@@ -107,7 +108,13 @@ __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<
         double now = reached.get(s, slot + k, j);
         if (through < now) reached.set(s, slot + k, j, now = through, row);
         if (now > least) continue;
-        const unsigned mine = static_cast<unsigned>(j) | (s.row_of[j] >= 0 ? kMatched : 0u);
+        const int owner = s.row_of[j];
+        // As near as the row itself, and its own row has the same costs: scanning that one would reach nothing new.
+        if (now <= distance && owner >= 0 && s.twin[owner] == twin && now - s.u[owner] >= base) {
+          reached.enter(s, slot + k, j);
+          continue;
+        }
+        const unsigned mine = static_cast<unsigned>(j) | (owner >= 0 ? kMatched : 0u);
         if (now < least || mine < key) least = now, key = mine;
       }
     });
@@ -164,15 +171,17 @@ __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) {
     s.u[i] = p.work.u[i];
     s.column_of[i] = p.work.column_of[i];
+    s.twin[i] = p.work.twin[i];
   }
   __syncthreads();
   match_nearest(s, p.n, p.m);
   int counters[kCounters] = {};
-  const int num_free = search_bids(p.costs, s, counters);
+  const int num_free = bid_all(p.costs, s, p.scalars(), counters);
+  counters[kFreeRows] = num_free;
   settle_rows(p.costs, s, num_free);
   Reached<kGroups> reached;
   for (int k = 0; k < num_free; ++k) {
-    const int source = s.free_rows[k];
+    const int source = s.list[k];
     const PathEnd end = shortest_path<T>(p.costs, s, reached, source);
     counters[kRowScans] += end.steps;
     if (end.column < 0) {

@@ -11,8 +11,17 @@ namespace croc::gpu {
 enum Status : int { kOk = 0, kInvalid = 1, kInfeasible = 2, kCapped = 3 };
 
 // Where a phase's work went; read by benchmarks and by the emulation's tests.
-enum Counter { kRounds, kBids, kAuctionRounds, kFreeAfterGreedy, kFreeAfterBidding, kRowScans, kColumnScans,
-               kReversed, kCounters };
+enum Counter {
+  kRounds,         // of bidding by rows
+  kBids,           // in them
+  kReverseRounds,  // of bidding by columns, in the auction
+  kReverseBids,    // in them
+  kFreeRows,       // left to the paths
+  kRowScans,       // steps of the paths
+  kReleased,       // columns of the reverse pass
+  kColumnScans,    // and its steps
+  kCounters
+};
 
 // What the kernels of one problem tell each other.
 struct Scalars {
@@ -21,6 +30,7 @@ struct Scalars {
   int high_exponent;  // and smaller than 2^(high_exponent + 1)
   int from_means;     // the start of the column duals: 1 column means, 0 zero
   int raised;         // 1 if an unmatched column has a negative dual
+  double spread;       // local scale: distance from a row's least reduced cost to about its ninth, median row
   double temperature;  // of the Sinkhorn steps; 0: none
   double slack;        // Sinkhorn potential of the row that takes the m - n columns left over
   int counters[kCounters];
@@ -66,10 +76,12 @@ struct State {
   int* row_of;     // (m) matched row of a column, or -1
   int* column_of;  // (n) matched column of a row, or -1
   int* path;       // (m) predecessor on a shortest path; while bidding: the row that wins a column
-  int* list;       // (m) work list of rows or columns
   uint64_t* best;  // (m) while bidding: the best bid for a column
-  double* bid;     // (n) while bidding: a row's bid
-  int* target;     // (n) and the column it is for
+  int* list;       // (n) the bidders, rows or columns
+  double* bid;     // (n) the bid of each in the list
+  int* target;     // (n) and what it is for
+  int* twin;       // (n) the first row with the same costs
+  int* waiting;    // (m) reverse pass: its columns; takes the place of `best`
   double* reach;   // (m) distances, and
   int* tree;       // (m) whether in the tree: only in the workspace, else in registers
 
@@ -81,16 +93,15 @@ struct State {
     column_of = carver.take<int>(n);
     path = carver.take<int>(m);
     best = carver.take<uint64_t>(m);
-    list = reinterpret_cast<int*>(best);  // reverse pass: its columns
+    waiting = reinterpret_cast<int*>(best);
     bid = carver.take<double>(n);
     target = carver.take<int>(n);
-    free_rows = carver.take<int>(n);
+    twin = carver.take<int>(n);
+    list = carver.take<int>(n);
     reach = large ? carver.take<double>(m) : nullptr;
     tree = large ? carver.take<int>(m) : nullptr;
     return carver.used;
   }
-
-  int* free_rows;  // (n) rows without a column
 };
 
 struct Workspace {
@@ -100,9 +111,12 @@ struct Workspace {
   double* potential;   // (m) column means, then Sinkhorn potentials
   double* row_value;   // (n) row minima under the duals from the means; Sinkhorn potentials; slacks
   double* row_least;   // (n) row minima of the costs themselves
-  float* row_spread;   // (n) distance from the least to about the ninth reduced cost
+  float* row_spread;   // (n) distance from the least to about the ninth reduced cost, under the duals from the means
+  float* cost_spread;  // (n) the same under zero duals
   int* row_of;         // (m)
   int* column_of;      // (n); first the column of each row's least reduced cost
+  unsigned* row_hash;  // (n)
+  int* twin;           // (n) the first row with the same costs
   unsigned char* state;
 
   __host__ __device__ int64_t carve(unsigned char* base, int n, int m, bool large) {
@@ -114,8 +128,11 @@ struct Workspace {
     row_value = carver.take<double>(n);
     row_least = carver.take<double>(n);
     row_spread = carver.take<float>(n);
+    cost_spread = carver.take<float>(n);
     row_of = carver.take<int>(m);
     column_of = carver.take<int>(n);
+    row_hash = carver.take<unsigned>(n);
+    twin = carver.take<int>(n);
     State s;
     state = carver.take<unsigned char>(large ? s.carve(nullptr, n, m, true) : 0);
     return carver.used;

@@ -109,11 +109,12 @@ __global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) 
   for (int i = threadIdx.x; i < p.n; i += blockDim.x)
     s.u[i] = p.work.u[i], s.column_of[i] = p.work.column_of[i];
   __syncthreads();
-  const int count = block_collect(p.m, s.list, [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
+  const int count =
+      block_collect(p.m, s.waiting, p.m, [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
   int steps = 0;
   Reached<kGroups> reached;
   for (int k = 0; k < count; ++k) {
-    const int source = s.list[k];
+    const int source = s.waiting[k];
     const Release end = shortest_release<T>(p.costs, s, reached, source);
     steps += end.steps;
     release(p.costs, s, reached, source, end);
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) 
     p.work.u[i] = s.u[i], p.work.column_of[i] = s.column_of[i];
   if (threadIdx.x == 0) {
     p.scalars().counters[kColumnScans] = steps;
-    p.scalars().counters[kReversed] = count;
+    p.scalars().counters[kReleased] = count;
   }
 }
 

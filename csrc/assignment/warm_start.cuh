@@ -162,6 +162,19 @@ __global__ void start_from_means(Arguments a) {
   threshold(p);
 }
 
+// The ninth of the lanes' values, 0 if there are fewer finite ones. For the lanes' minima of a row it stands for the
+// ninth value of the row, closely enough for a temperature.
+__device__ inline float ninth_lane(float x) {
+  int rank = 0;
+  for (int other = 0; other < kWarp; ++other) {
+    const float theirs = __shfl_sync(kAllLanes, x, other);
+    rank += theirs < x || (theirs == x && other < lane_id());
+  }
+  const unsigned ninth = __ballot_sync(kAllLanes, rank == 8);
+  const float found = __shfl_sync(kAllLanes, x, ninth == 0 ? 0 : __ffs(static_cast<int>(ninth)) - 1);
+  return is_finite(found) && found > 0.0f ? found : 0.0f;
+}
+
 // Grid (batch, rows / warps): row minima under both starts, and how far the next columns lie.
 template <class T>
 __global__ void compare_rows(Arguments a) {
@@ -177,16 +190,14 @@ __global__ void compare_rows(Arguments a) {
     }
   });
   const double of_row = from_ordered(warp_min(ordered(least)));
-  least_cost = from_ordered(warp_min(ordered(least_cost)));
-  // The ninth of the lanes' minima stands for the ninth of the row: close enough for a temperature.
-  const float above = static_cast<float>(least - of_row);
-  int rank = 0;
-  for (int other = 0; other < kWarp; ++other) {
-    const float theirs = __shfl_sync(kAllLanes, above, other);
-    rank += theirs < above || (theirs == above && other < lane_id());
-  }
-  if (lane_id() == 0) p.work.row_value[row] = of_row, p.work.row_least[row] = least_cost;
-  if (rank == 8) p.work.row_spread[row] = is_finite(above) ? above : 0.0f;
+  const double of_costs = from_ordered(warp_min(ordered(least_cost)));
+  const float spread = ninth_lane(static_cast<float>(least - of_row));
+  const float cost_spread = ninth_lane(static_cast<float>(least_cost - of_costs));
+  if (lane_id() != 0) return;
+  p.work.row_value[row] = of_row;
+  p.work.row_least[row] = of_costs;
+  p.work.row_spread[row] = spread;
+  p.work.cost_spread[row] = cost_spread;
 }
 
 // Grid (batch): keep the start with the larger dual value, and set the temperature of the Sinkhorn steps.
@@ -198,15 +209,16 @@ __global__ void choose_start(Arguments a) {
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) gain += p.work.row_value[i] - p.work.row_least[i];
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) gain += p.work.v[j];
   const bool from_means = block_sum(gain) > 0.0;
-  float spread = 0.0f;
-  if (from_means) spread = block_select(p.n, p.n / 2, [&](int i) { return p.work.row_spread[i]; });
+  const float* spreads = from_means ? p.work.row_spread : p.work.cost_spread;
+  const double spread = block_select(p.n, p.n / 2, [&](int i) { return spreads[i]; });
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) {
     if (!from_means) p.work.v[j] = 0.0;
     p.work.potential[j] = p.work.v[j];
   }
   if (threadIdx.x == 0) {
     p.scalars().from_means = from_means;
-    p.scalars().temperature = 0.25 * static_cast<double>(spread);
+    p.scalars().spread = spread;
+    p.scalars().temperature = from_means ? 0.25 * spread : 0.0;
   }
 }
 
@@ -273,8 +285,13 @@ __global__ void start_from_sinkhorn(Arguments a) {
   threshold(p);
 }
 
-// Grid (batch, rows / warps): u = min(c - v) and its column. Ties go to columns that differ between rows, or equal
-// rows would all ask for the same one.
+__device__ inline unsigned folded_bits(double x) {
+  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(x));
+  return static_cast<unsigned>(bits ^ bits >> 32);
+}
+
+// Grid (batch, rows / warps): u = min(c - v) and its column, and a hash of the row. Ties go to columns that differ
+// between rows, or equal rows would all ask for the same one.
 template <class T>
 __global__ void nearest_columns(Arguments a) {
   const Problem<T> p(a);
@@ -282,22 +299,49 @@ __global__ void nearest_columns(Arguments a) {
   if (row >= p.n || p.failed()) return;
   const int turn = rotation(row, p.m);
   double least = infinity();
-  unsigned key = ~0u;
+  unsigned key = ~0u, hash = 0;
   for_row(p.costs, row, [&](int first, const double(&x)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (first + k >= p.m) continue;
+      hash = 31 * hash + folded_bits(x[k]);
       const double reduced = x[k] - p.work.v[first + k];
       const unsigned mine = rotated(first + k, turn, p.m);
       if (reduced < least || (reduced == least && mine < key)) least = reduced, key = mine;
     }
   });
   const Least found = warp_least({ordered(least), key});
+  hash = __reduce_add_sync(kAllLanes, hash * (2 * static_cast<unsigned>(lane_id()) + 1));
   if (lane_id() != 0) return;
+  p.work.row_hash[row] = hash;
   p.work.u[row] = from_ordered(found.value);
   p.work.column_of[row] = unrotated(found.key, turn, p.m);
   if (!is_finite(from_ordered(found.value)))
     atomicMax(&p.scalars().status, static_cast<int>(kInfeasible));
+}
+
+// Grid (batch, rows / warps): twin = the first row with the same costs, the row itself if there is none.
+template <class T>
+__global__ void find_twins(Arguments a) {
+  const Problem<T> p(a);
+  const int row = row_of_warp();
+  if (row >= p.n || p.failed()) return;
+  const unsigned hash = p.work.row_hash[row];
+  unsigned twin = static_cast<unsigned>(row);
+  for (int other = lane_id(); other < row; other += kWarp)
+    if (p.work.row_hash[other] == hash) twin = min(twin, static_cast<unsigned>(other));
+  twin = __reduce_min_sync(kAllLanes, twin);
+  if (twin != static_cast<unsigned>(row)) {  // equal hashes prove nothing
+    int differs = 0;
+    for_row(p.costs, row, [&](int first, const double(&x)[4]) {
+      double y[4];
+      p.costs.four(static_cast<int>(twin), first, y);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) differs |= x[k] != y[k];
+    });
+    if (__any_sync(kAllLanes, differs)) twin = static_cast<unsigned>(row);
+  }
+  if (lane_id() == 0) p.work.twin[row] = static_cast<int>(twin);
 }
 
 }  // namespace croc::gpu

@@ -1,4 +1,4 @@
-// The scheduler behind emulation.h, and the solver's entry point for tests: see emulate() below.
+// The scheduler behind emulation.h.
 #include "emulation.h"
 
 #include <setjmp.h>
@@ -7,9 +7,8 @@
 
 #include <cstdio>
 #include <memory>
+#include <utility>
 #include <vector>
-
-#include "solver.cuh"
 
 namespace emulation {
 namespace {
@@ -49,8 +48,7 @@ struct Machine {
   bool shuffled = false;
   uint64_t random = 1;
   char error[256] = "";
-  void (*kernel)(croc::gpu::Arguments) = nullptr;
-  croc::gpu::Arguments arguments;
+  std::function<void()> body;
 } machine;
 
 uint64_t next_random() {
@@ -117,7 +115,7 @@ uint64_t join(Group& group, Op op, uint64_t value, int site, int first, int coun
 }
 
 void fiber_main() {
-  machine.kernel(machine.arguments);
+  machine.body();
   machine.fibers[machine.running].wait = Wait::kDone;
   ++machine.done;
   back_to_scheduler();
@@ -213,73 +211,41 @@ void maybe_switch() {
 
 unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(machine.shared.data()); }
 
-namespace {
-
-struct Launcher {
-
-  void operator()(void (*kernel)(croc::gpu::Arguments), dim3 grid, int threads, int64_t shared,
-                  const croc::gpu::Arguments& arguments) {
-    if (machine.error[0] != 0) return;
-    if (threads % kLanes != 0 || threads > kMaxThreads || grid.y == 0 || grid.y > 65535) {
-      std::snprintf(machine.error, sizeof machine.error, "bad launch: %d threads, grid %u x %u", threads, grid.x, grid.y);
-      return;
-    }
-    if (machine.stacks == nullptr)
-      machine.stacks = static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                                                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    machine.kernel = kernel;
-    machine.arguments = arguments;
-    machine.threads = threads;
-    blockDim = dim3(threads), gridDim = grid;
-    const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y;
-    const int64_t offset = machine.shuffled ? static_cast<int64_t>(next_random() % blocks) : 0;
-    const bool backwards = machine.shuffled && next_random() % 2 == 0;
-    for (int64_t k = 0; k < blocks; ++k) {
-      const int64_t block = backwards ? blocks - 1 - (k + offset) % blocks : (k + offset) % blocks;
-      blockIdx = dim3(block % grid.x, block / grid.x);
-      machine.shared.assign(shared / 8 + 32, 0x7ff4dead7ff4deadULL);  // read before written: NaN
-      if (!run_block()) return;
-      for (int64_t w = shared / 8 + 1; w < static_cast<int64_t>(machine.shared.size()); ++w)
-        if (machine.shared[w] != 0x7ff4dead7ff4deadULL)
-          std::snprintf(machine.error, sizeof machine.error, "write beyond the block's shared memory");
-    }
-  }
-};
-
-template <class T>
-void poison(std::vector<T>& data) { std::memset(data.data(), 0xfd, data.size() * sizeof(T)); }
-
-}  // namespace
-}  // namespace emulation
-
-// Solves a batch as the CUDA launcher does. seed 0: threads in order; else a shuffled schedule. `shared_limit`
-// picks the plan. `counters` gets kCounters ints per problem. Returns null, or what went wrong.
-extern "C" const char* emulate(const void* cost, int is_double, int batch, int rows, int columns, const void* num_rows,
-                               int wide_num_rows, int maximize, int64_t* index, double* row_dual, double* column_dual,
-                               double* gap, int32_t* status, int* counters, uint64_t seed, int64_t shared_limit) {
-  using namespace emulation;
+void start(uint64_t seed) {
   machine.error[0] = 0;
   machine.shuffled = seed != 0;
   machine.random = seed * 0x9e3779b97f4a7c15ULL + 1;
-  croc::gpu::Arguments a{};
-  a.cost = cost, a.num_rows = num_rows, a.wide_num_rows = wide_num_rows;
-  a.vectors = columns % 4 == 0 && reinterpret_cast<uintptr_t>(cost) % 16 == 0;
-  a.maximize = maximize, a.batch = batch, a.rows = rows, a.columns = columns;
-  a.index = index, a.row_dual = row_dual, a.column_dual = column_dual, a.gap = gap, a.status = status;
-  const croc::gpu::Plan plan = croc::gpu::make_plan(a.max_n(), a.max_m(), static_cast<int>(shared_limit));
-  const int64_t bytes = croc::gpu::plan_workspace(a, plan);
-  std::vector<unsigned char> workspace(bytes + 4096);
-  poison(workspace);
-  a.workspace = workspace.data();
-  Launcher launcher;
-  if (is_double) croc::gpu::solve<double>(launcher, a, plan);
-  else croc::gpu::solve<float>(launcher, a, plan);
-  for (size_t k = bytes; k < workspace.size(); ++k)
-    if (workspace[k] != 0xfd) return "write beyond the workspace";
-  for (int b = 0; b < batch && counters != nullptr && machine.error[0] == 0; ++b) {
-    croc::gpu::Workspace w;
-    w.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.large);
-    std::copy_n(w.scalars->counters, static_cast<int>(croc::gpu::kCounters), counters + b * croc::gpu::kCounters);
-  }
-  return machine.error[0] == 0 ? nullptr : machine.error;
 }
+
+const char* error() { return machine.error[0] == 0 ? nullptr : machine.error; }
+
+void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared) {
+  constexpr uint64_t kPoison = 0x7ff4dead7ff4deadULL;  // a NaN, for whoever reads before writing
+  if (machine.error[0] != 0) return;
+  if (threads % kLanes != 0 || threads < kLanes || threads > kMaxThreads || grid.x == 0 || grid.y == 0 ||
+      grid.y > 65535) {
+    std::snprintf(machine.error, sizeof machine.error, "bad launch: %d threads, grid %u x %u", threads, grid.x, grid.y);
+    return;
+  }
+  if (machine.stacks == nullptr)
+    machine.stacks = static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  machine.body = std::move(body);
+  machine.threads = threads;
+  blockDim = dim3(threads), gridDim = grid;
+  const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y;
+  const int64_t offset = machine.shuffled ? static_cast<int64_t>(next_random() % blocks) : 0;
+  const bool backwards = machine.shuffled && next_random() % 2 == 0;
+  const int64_t words = (shared + 7) / 8;
+  for (int64_t k = 0; k < blocks; ++k) {
+    const int64_t block = backwards ? blocks - 1 - (k + offset) % blocks : (k + offset) % blocks;
+    blockIdx = dim3(block % grid.x, block / grid.x);
+    machine.shared.assign(words + 32, kPoison);
+    if (!run_block()) return;
+    for (size_t w = words; w < machine.shared.size(); ++w)
+      if (machine.shared[w] != kPoison)
+        std::snprintf(machine.error, sizeof machine.error, "write beyond the block's shared memory");
+  }
+}
+
+}  // namespace emulation

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 
 #define __device__
 #define __host__
@@ -29,7 +30,13 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
-// All block on the calling fiber until its warp or block is complete. `site` names the source line: threads that
+// Host side. start() clears the error and sets the schedule: seed 0 runs threads in order, any other shuffles them.
+// After an error launch() does nothing.
+void start(uint64_t seed);
+const char* error();
+void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared);
+
+// Device side. All block the calling fiber until its warp or block is complete. `site` names the source line: threads that
 // wait for each other at different lines are an error.
 enum class Op { kBarrier, kBarrierOr, kReduceMin, kReduceMax, kReduceAdd, kReduceMinSigned, kReduceMaxSigned, kBallot };
 uint64_t block_wait(Op op, uint64_t value, int site);
@@ -115,6 +122,7 @@ inline double __longlong_as_double(int64_t x) { return emulation::from_bits<doub
 inline unsigned __float_as_uint(float x) { return emulation::from_bits<unsigned>(emulation::to_bits(x)); }
 inline float __uint_as_float(unsigned x) { return emulation::from_bits<float>(emulation::to_bits(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
 inline float __expf(float x) { return std::exp(x); }

@@ -1,0 +1,141 @@
+// For problems in which many rows still compete after the first rounds: an auction with a falling epsilon, by rows and
+// by columns in turn (Bertsekas, Castanon, Tsaknakis 1993: an asymmetric problem needs both, since a column that ends
+// up without a row must not keep a price). It leaves a state that the exact phases finish in few steps.
+#pragma once
+
+#include "bidding.cuh"
+
+namespace croc::gpu {
+
+constexpr int kEnoughFree = 8;         // one row less costs bidding more than a path of its own
+constexpr int kFirstRounds = 40;       // before the auction is considered
+constexpr int kMoreRounds = 160;       // where it is not needed
+constexpr int kAuctionShare = 8;       // considered when more than n / 8 rows are free
+constexpr int kAuctionLeast = 32;      // and more than this many
+constexpr int kAuctionPhases = 4;      // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
+constexpr int kAuctionRounds = 2000;   // per phase and direction; who needs more is better served by paths
+
+struct Offer {
+  double least, second;  // the two smallest reduced costs of the column
+  int row;
+};
+
+// One warp scans one column.
+template <class T>
+__device__ Offer find_offer(const Costs<T>& costs, const State& s, int column) {
+  double least = infinity(), second = infinity();
+  unsigned key = ~0u;
+#pragma unroll 8
+  for (int i = lane_id(); i < costs.n; i += kWarp) {
+    const double reduced = costs.at(i, column) - s.u[i];
+    if (reduced < least) {
+      second = least;
+      least = reduced;
+      key = static_cast<unsigned>(i);
+    } else {
+      second = fmin(second, reduced);
+    }
+  }
+  const Least found = warp_least({ordered(least), key});
+  const bool winner = found.key == key && found.value == ordered(least);
+  const uint64_t runner_up = warp_min(ordered(winner ? second : least));
+  return {from_ordered(found.value), from_ordered(runner_up), static_cast<int>(found.key)};
+}
+
+// Every listed column offers its nearest row a place at a price that its second choice sets, or gives up its price.
+template <class T>
+__device__ void place_offers(const Costs<T>& costs, const State& s, int count, double epsilon) {
+  for (int k = warp_id(); k < count; k += warp_count()) {
+    const int column = s.list[k];
+    const Offer offer = find_offer(costs, s, column);
+    if (lane_id() != 0) continue;
+    if (!(-offer.least > epsilon)) {
+      s.target[k] = -1;
+      continue;
+    }
+    const double price = fmin(-offer.least, fmax(0.0, -offer.second - epsilon));
+    s.target[k] = offer.row;
+    s.bid[k] = costs.at(offer.row, column) + price;  // what the row would pay
+    atomicMin(reinterpret_cast<unsigned long long*>(&s.best[offer.row]),
+              static_cast<unsigned long long>(ordered(s.bid[k])));
+  }
+  __syncthreads();
+}
+
+// The row takes the best offer; among equal ones that of the lowest column.
+template <class T>
+__device__ void accept_offers(const Costs<T>& costs, const State& s, int count) {
+  for (int k = threadIdx.x; k < count; k += blockDim.x) {
+    const int row = s.target[k], column = s.list[k];
+    if (row < 0) s.v[column] = 0.0;
+    else if (s.best[row] == ordered(s.bid[k])) atomicMin(&s.path[row], column);
+  }
+  __syncthreads();
+  for (int k = threadIdx.x; k < count; k += blockDim.x) {
+    const int row = s.target[k], column = s.list[k];
+    if (row < 0 || s.path[row] != column) continue;
+    s.row_of[s.column_of[row]] = -1;
+    s.row_of[column] = row;
+    s.column_of[row] = column;
+    s.u[row] = s.bid[k];
+    s.v[column] = fmin(0.0, costs.at(row, column) - s.bid[k]);
+  }
+  __syncthreads();
+  for (int k = threadIdx.x; k < count; k += blockDim.x) {
+    const int row = s.target[k];
+    if (row >= 0) s.best[row] = ~uint64_t{0}, s.path[row] = kNobody;
+  }
+  __syncthreads();
+}
+
+// Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row must be matched.
+template <class T>
+__device__ bool bid_columns(const Costs<T>& costs, const State& s, double epsilon, int* counters) {
+  for (int round = 0; round < kAuctionRounds; ++round) {
+    const int count = block_collect(costs.m, s.list, costs.n,
+                                    [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
+    if (count == 0) return true;
+    ++counters[kReverseRounds];
+    counters[kReverseBids] += count;
+    place_offers(costs, s, count, epsilon);
+    accept_offers(costs, s, count);
+  }
+  return false;
+}
+
+// Unmatches the pairs whose reduced cost is more than `epsilon` above the least of their row.
+template <class T>
+__device__ void drop_loose_pairs(const Costs<T>& costs, const State& s, double epsilon) {
+  for (int row = warp_id(); row < costs.n; row += warp_count()) {
+    const int column = s.column_of[row];
+    if (column < 0) continue;
+    const double least = find_bid(costs, s, row).least;
+    if (lane_id() == 0) s.target[row] = (costs.at(row, column) - s.v[column]) - least > epsilon;
+  }
+  __syncthreads();
+  for (int row = threadIdx.x; row < costs.n; row += blockDim.x) {
+    const int column = s.column_of[row];
+    if (column < 0 || !s.target[row]) continue;
+    s.row_of[column] = -1;
+    s.column_of[row] = -1;
+  }
+  __syncthreads();
+}
+
+// All bidding. Returns the number of rows left free, listed in s.list.
+template <class T>
+__device__ int bid_all(const Costs<T>& costs, const State& s, const Scalars& scalars, int* counters) {
+  int num_free = bid(costs, s, 0.0, kFirstRounds, kEnoughFree, counters);
+  if (num_free > kAuctionLeast && num_free > costs.n / kAuctionShare && counters[kRounds] == kFirstRounds) {
+    double epsilon = -on_grid(-scalars.spread, scalars);
+    for (int phase = 0; phase < kAuctionPhases && epsilon > 0.0; ++phase) {
+      num_free = bid(costs, s, epsilon, kAuctionRounds, 0, counters);
+      const bool done = num_free == 0 && bid_columns(costs, s, epsilon, counters);
+      epsilon = done && phase + 1 < kAuctionPhases ? -on_grid(-0.25 * epsilon, scalars) : 0.0;
+      drop_loose_pairs(costs, s, epsilon);
+    }
+  }
+  return bid(costs, s, 0.0, kMoreRounds, kEnoughFree, counters);
+}
+
+}  // namespace croc::gpu

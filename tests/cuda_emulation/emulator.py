@@ -1,0 +1,121 @@
+"""Builds csrc/assignment/*.cuh for the host and calls them: the CUDA solver, run without a GPU."""
+
+import ctypes
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).resolve().parent
+DEVICE_CODE = HERE.parent.parent / "csrc" / "assignment"
+H100_SHARED = 227 * 1024  # bytes a block may have
+COUNTERS = (
+    "rounds bids reverse_rounds reverse_bids free_rows row_scans released column_scans".split()
+)
+MISTAKES = (
+    "divergent_barrier missing_threads missing_lanes partial_mask shared_overrun race".split()
+)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the op returns, and how much work each phase did."""
+
+    index: np.ndarray
+    row_dual: np.ndarray
+    column_dual: np.ndarray
+    gap: np.ndarray
+    status: np.ndarray
+    counters: list[dict[str, int]]
+
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.index, self.row_dual, self.column_dual, self.gap, self.status
+
+
+def compiler() -> str | None:
+    """The host compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The emulated solver, compiled once per process."""
+    out = pathlib.Path(tempfile.mkdtemp(prefix="croc-emulation-")) / "libemulation.so"
+    sources = [str(HERE / "emulation.cpp"), str(HERE / "entry.cpp")]
+    flags = "-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -shared -fPIC".split()
+    includes = [f"-I{HERE}", f"-I{DEVICE_CODE}"]
+    command = [compiler() or "g++", *flags, "-DCROC_EMULATION", *includes, *sources, "-o", str(out)]
+    subprocess.run(command, check=True)
+    loaded = ctypes.CDLL(str(out))
+    shutil.rmtree(out.parent)
+    loaded.emulate.restype = ctypes.c_char_p
+    loaded.run_mistake.restype = ctypes.c_char_p
+    loaded.workspace_bytes.restype = ctypes.c_int64
+    return loaded
+
+
+def _pointer(array: np.ndarray | None) -> ctypes.c_void_p | None:
+    return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
+
+
+def solve(
+    cost: np.ndarray,
+    num_rows: np.ndarray | None = None,
+    *,
+    maximize: bool = False,
+    seed: int = 0,
+    shared_limit: int = H100_SHARED,
+) -> Solution:
+    """Solve (B, N, M) float32 or float64 costs; ``seed`` shuffles the schedule, 0 does not.
+
+    Raises:
+        RuntimeError: the emulation met something a GPU leaves undefined.
+    """
+    cost = np.ascontiguousarray(cost)
+    batch, rows, columns = cost.shape
+    # Filled with what no result contains: every entry must be written.
+    index = np.full((batch, rows), 10**9, np.int64)
+    row_dual, column_dual = np.full((batch, rows), 7e77), np.full((batch, columns), 7e77)
+    gap, status = np.full(batch, 7e77), np.full(batch, 77, np.int32)
+    counters = np.zeros((batch, len(COUNTERS)), np.int32)
+    outputs = [index, row_dual, column_dual, gap, status, counters]
+    error = library().emulate(
+        _pointer(cost),
+        int(cost.dtype == np.float64),
+        batch,
+        rows,
+        columns,
+        _pointer(num_rows),
+        int(num_rows is not None and num_rows.dtype == np.int64),
+        int(maximize),
+        *map(_pointer, outputs),
+        ctypes.c_uint64(seed),
+        ctypes.c_int64(shared_limit),
+    )
+    if error:
+        raise RuntimeError(error.decode())
+    named = [dict(zip(COUNTERS, row, strict=True)) for row in counters.tolist()]
+    return Solution(index, row_dual, column_dual, gap, status, named)
+
+
+def workspace(
+    batch: int, rows: int, columns: int, shared_limit: int = H100_SHARED
+) -> tuple[int, int]:
+    """Bytes of workspace, and the plan: groups of columns per thread, 0 without shared memory."""
+    groups = ctypes.c_int()
+    size = library().workspace_bytes(
+        batch, rows, columns, ctypes.c_int64(shared_limit), ctypes.byref(groups)
+    )
+    return size, groups.value
+
+
+def run_mistake(name: str, seed: int = 0) -> tuple[str | None, np.ndarray]:
+    """Run a kernel with a mistake in it; what the emulation says, and the kernel's output (128)."""
+    out = np.zeros(128, np.int32)
+    error = library().run_mistake(MISTAKES.index(name), ctypes.c_uint64(seed), _pointer(out))
+    return (error.decode() if error else None), out
