@@ -1,5 +1,6 @@
 """The shapes that are timed, with the work of each; GPU cases are those of a 7B model."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,12 @@ class Attention:
         return q, k, v
 
 
+@functools.lru_cache(maxsize=2)
+def _tokens(batch: int, num_tokens: int, dim: int, device: torch.device) -> Tensor:
+    """The rows of one case share them: at full size they take longer to draw than to match."""
+    return clustered_tokens(batch, num_tokens, dim, device=device)
+
+
 @dataclass(frozen=True)
 class Matching:
     """Tokens of ``batch`` images matched to a pool; ``kind`` sets how hard the assignment is.
@@ -82,14 +89,14 @@ class Matching:
 
     def tokens(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(B, N, C) unit-norm tokens."""
-        return clustered_tokens(self.batch, self.num_tokens, self.dim, device=device).to(dtype)
+        return _tokens(self.batch, self.num_tokens, self.dim, device).to(dtype)
 
     def pool(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(M, C) pool rows."""
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(self.pool_size, self.dim, generator=generator)
         if self.kind == "trained":
-            tokens = clustered_tokens(self.batch, self.num_tokens, self.dim).flatten(0, 1)
+            tokens = self.tokens(torch.device("cpu"), torch.float32).flatten(0, 1)
             pick = torch.randint(len(tokens), (self.pool_size,), generator=generator)
             noise = tokens[pick] + 0.5 * noise / self.dim**0.5
         return noise.to(device, dtype)

@@ -42,8 +42,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The device's clock for every row, and ours first in each file: a budget cuts peers first."""
-    items.sort(key=lambda item: (item.path.name, item.callspec.params["peer"].name != "croc"))
+    """The device's clock for every row, and an order in which a budget cuts peers before our rows
+    and attention, which takes longest, before the rest.
+    """
+
+    def late(item: pytest.Item) -> tuple[bool, bool]:
+        return item.callspec.params["peer"].name != "croc", "attention" in item.path.name
+
+    items.sort(key=late)
     device = torch.device(config.getoption("--device"))
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=timing.clock(device)))
@@ -69,14 +75,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, TestReport, TestReport]:
+    """Note why a row has no time. A peer that breaks is absent; only our own rows fail a run."""
     report = yield
-    outcomes = item.config.stash[OUTCOMES]
+    outcomes, peer = item.config.stash[OUTCOMES], item.callspec.params["peer"].name
     row = {"row": item.nodeid.split("::")[-1]}
     if report.skipped:
         outcomes["absent"].append(row | {"reason": report.longrepr[2].removeprefix("Skipped: ")})
     elif report.failed:
-        message = str(report.longrepr).strip().splitlines()
-        outcomes["failed"].append(row | {"reason": message[-1] if message else "no message"})
+        crash = getattr(report.longrepr, "reprcrash", None)
+        message = (crash.message if crash else str(report.longrepr)).strip().splitlines()
+        row["reason"] = f"{peer}: {message[0] if message else 'no message'}"
+        outcomes["failed" if peer == "croc" else "absent"].append(row)
+        if peer != "croc":
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {row['reason']}")
     return report
 
 

@@ -99,8 +99,9 @@ def test_reconstruction_loss(
     )
     value = loss(prediction, target, where, BETA)
     gradient = torch.autograd.grad(value, prediction)[0]
+    # 1e-5: float32 sums of 1e8 terms in any sensible order; a wrong term is off by far more.
     errors = [
-        max_error(value, exact[0]) / (1e-4 * exact[0].abs().item()),
+        max_error(value, exact[0]) / (1e-5 * exact[0].abs().item()),
         max_error(gradient, exact[1]) / (EPSILON[gradient.dtype] * exact[1].abs().max().item()),
     ]
     assert peer is not LOSS or max(errors) <= 1.0, f"errors over budget: {errors}"
