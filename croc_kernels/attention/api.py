@@ -150,7 +150,8 @@ def mixed_attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     chosen = backends.resolve(_NAME, backend, q, _unsupported(q))
     if chosen == "reference":
-        out, lse = reference.mixed_attention(q, k, v, mask.to_dense(), scale, softcap)
+        with torch.autocast(device, enabled=False):
+            out, lse = reference.mixed_attention(q, k, v, mask.to_dense(), scale, softcap)
     else:
         backends.log_choice(_NAME, chosen, f"{device} tensors")
         if deterministic is None:

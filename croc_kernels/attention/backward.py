@@ -200,16 +200,17 @@ def _dq_program(
         low, high, tl.load(start_ptr + last_row), tl.load(end_ptr + row), BLOCK_N
     )
     statistics = tl.cast(plane, tl.int64) * num_queries
-    lse, delta, _sees = _row_statistics(stats[0] + statistics, stats[1] + statistics, rows, inside)
+    lse, delta, sees = _row_statistics(stats[0] + statistics, stats[1] + statistics, rows, inside)
+    keep_rows = inside & sees
 
     cols1, cols2 = tl.arange(0, D1), D1 + tl.arange(0, D2 if D2 > 0 else 16)
     q_base, g_base = q_ptr + batch * q_b + head * q_h, g_ptr + batch * g_b + head * g_h
     k_base = k_ptr + batch * k_b + head // GROUP * k_h
     v_base = v_ptr + batch * v_b + head // GROUP * v_h
-    q1 = load_tile(q_base, row, offs, cols1, q_l, inside)
-    q2 = load_tile(q_base, row, offs, cols2, q_l, inside) if D2 > 0 else q1
-    g1 = load_tile(g_base, row, offs, cols1, g_l, inside)
-    g2 = load_tile(g_base, row, offs, cols2, g_l, inside) if D2 > 0 else g1
+    q1 = load_tile(q_base, row, offs, cols1, q_l, keep_rows)
+    q2 = load_tile(q_base, row, offs, cols2, q_l, keep_rows) if D2 > 0 else q1
+    g1 = load_tile(g_base, row, offs, cols1, g_l, keep_rows)
+    g2 = load_tile(g_base, row, offs, cols2, g_l, keep_rows) if D2 > 0 else g1
     dq1 = tl.zeros([BLOCK_M, D1], tl.float32)
     dq2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
     offs_n = tl.arange(0, BLOCK_N)

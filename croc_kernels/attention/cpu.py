@@ -7,20 +7,27 @@ Values of the mask are read freely here: on a CPU that waits for nothing.
 import torch
 from torch import Tensor
 
-# Rows per block: large enough for the matrix products, small enough that (H, rows, L) scores stay
-# in cache at the lengths that are trained on CPUs.
-_ROWS = 128
-
 
 def _precision(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _blocks(start: Tensor, end: Tensor) -> list[tuple[int, int, int, int]]:
+def _rows_per_block(length: int, group: int) -> int:
+    """Large enough for the matrix products, small enough that sums over rows stay accurate.
+
+    Scores of (H, rows, L) should stay in cache; and gradients of keys are sums over ``group * rows``
+    float32 terms per block, whose error grows with their number.
+    """
+    total = 32 if length < 192 else 64 if length < 768 else 128
+    return max(32, total // group)
+
+
+def _blocks(start: Tensor, end: Tensor, group: int) -> list[tuple[int, int, int, int]]:
     """(first row, past row, first key, past key) of every block in which some row sees some key."""
     blocks = []
-    for row in range(0, start.shape[1], _ROWS):
-        past = min(row + _ROWS, start.shape[1])
+    rows = _rows_per_block(start.shape[1], group)
+    for row in range(0, start.shape[1], rows):
+        past = min(row + rows, start.shape[1])
         low, high = start[:, row:past], end[:, row:past]
         sees = low < high
         if bool(sees.any()):
@@ -75,6 +82,7 @@ def _heads_last(like: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(batch, length, heads, dim, dtype=dtype).transpose(1, 2)
 
 
+@torch.autocast("cpu", enabled=False)
 def mixed_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
     scale: float, softcap: float,
@@ -83,7 +91,7 @@ def mixed_attention_fwd(
     out = _heads_last(q, q.shape[2], q.dtype)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=_precision(q))
     heads = k.shape[1]
-    for block in _blocks(start, end):
+    for block in _blocks(start, end, q.shape[1] // heads):
         row, past, low, high = block
         visible = _visible(block, start, end, visible_until)
         queries, keys = _grouped(q, row, past, heads), _keys(k, visible, low, high)
@@ -100,6 +108,7 @@ def mixed_attention_fwd(
     return out, lse
 
 
+@torch.autocast("cpu", enabled=False)
 def mixed_attention_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, start: Tensor, end: Tensor,
@@ -111,29 +120,33 @@ def mixed_attention_bwd(
     grad_q = _heads_last(q, q.shape[2], q.dtype)
     grad_k, grad_v = (_heads_last(x, x.shape[2], precision) for x in (k, v))
     heads = k.shape[1]
-    for block in _blocks(start, end):
+    for block in _blocks(start, end, q.shape[1] // heads):
         row, past, low, high = block
         visible = _visible(block, start, end, visible_until)
         sees = visible.any(-1)[:, None, :, None]
         queries = _grouped(torch.where(sees, q[:, :, row:past], 0), 0, past - row, heads)
         grads = torch.where(sees, grad_out[:, :, row:past], 0).to(precision)
-        delta = (grads * out[:, :, row:past].to(precision)).sum(-1, keepdim=True)
-        if grad_lse is not None:
-            delta -= torch.where(sees[..., 0], grad_lse[:, :, row:past], 0)[..., None]
         grads = _grouped(grads, 0, past - row, heads)
         keys, values = _keys(k, visible, low, high), _keys(v, visible, low, high)
 
         scores, derivative = _scores(queries, keys, visible, scale, softcap)
-        shift = torch.where(sees, lse[:, :, row:past, None], 0)
-        weights = scores.sub_(shift.view(*scores.shape[:4], 1)).exp_().view(*queries.shape[:3], -1)
+        # Weight 0 times a NaN of a key that only other rows see would be NaN: such products are
+        # taken out, not trusted to vanish.
+        hidden = ~visible[:, None].repeat(1, 1, q.shape[1] // heads, 1)
+        # All keys of the row are here, so the softmax and sum(weights * grad_s), which equals
+        # out * grad_out, need neither lse nor out, and cancel better than with their rounding.
+        weights = torch.where(sees[:, None], scores.softmax(-1), 0).view(*queries.shape[:3], -1)
         grad_v[:, :, low:high] += weights.transpose(-1, -2) @ grads
-        grad_s = (grads @ values.transpose(-1, -2)).sub_(delta.view(*grads.shape[:3], 1))
+        grad_s = grads @ values.transpose(-1, -2)
+        delta = (weights * grad_s).masked_fill_(hidden, 0).sum(-1, keepdim=True)
+        grad_s = grad_s.sub_(delta)
+        if grad_lse is not None:
+            grad_rows = torch.where(sees[..., 0], grad_lse[:, :, row:past], 0)
+            grad_s = grad_s.add_(grad_rows.to(precision).reshape(delta.shape))
         grad_s = grad_s.mul_(weights)
         if derivative is not None:
             grad_s = grad_s.mul_(derivative)
-        # Weight 0 times a NaN of a key that only other rows see would be NaN.
-        hidden = ~visible[:, None, None]
-        grad_s = grad_s.view(scores.shape).masked_fill_(hidden, 0).view(weights.shape)
+        grad_s = grad_s.masked_fill_(hidden, 0)
         grad_q[:, :, row:past] = (
             (grad_s @ keys).mul_(scale).view(q.shape[0], -1, past - row, q.shape[3])
         )

@@ -55,6 +55,19 @@ def next_position(where: Tensor) -> Tensor:
     return torch.cummin(following.flip(1), dim=1).values.flip(1) if length else following
 
 
+def empty_bound(some: Tensor, first: Tensor, past: Tensor, limit: int) -> Tensor:
+    """(B, L) int32: what empty intervals are set to, so that bounds stay monotone and tight.
+
+    The end of the last interval before, or the beginning of the first one if there is none before:
+    a tile that is partly padding must not reach further than its other rows (or keys) do.
+    """
+    before = running_max(torch.where(some, past, 0))
+    if not some.shape[1]:
+        return before
+    ahead = torch.where(some, first, limit).amin(1, keepdim=True)
+    return torch.where(before > 0, before, ahead).int()
+
+
 def documents(
     like: Tensor, valid: Tensor | None, ids: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -82,9 +95,7 @@ def documents(
 
     valid_end = running_max(torch.where(valid, position + 1, 0))
     before = shift_right(valid_end, 0)  # one past the last valid token before i, 0 if none
-    length = like.shape[1]
-    first_valid = torch.where(valid, position, length).amin(1, keepdim=True) if length else before
-    empty_at = torch.where(valid_end > 0, valid_end, first_valid).int()
+    empty_at = empty_bound(valid, position, position + 1, like.shape[1])
     begins = valid & (before == 0)
     same = valid & (before > 0)
     faults = torch.zeros_like(before)
@@ -154,7 +165,9 @@ def column_view(start: Tensor, end: Tensor, num_keys: int) -> tuple[Tensor, Tens
     key = key.expand(start.shape[0], num_keys).contiguous()
     row_start = torch.searchsorted(end, key, right=True, out_int32=True)
     row_end = torch.searchsorted(start, key, right=True, out_int32=True)
-    return row_start, torch.maximum(row_start, row_end)
+    seen = row_start < row_end
+    empty_at = empty_bound(seen, row_start, row_end, start.shape[1])
+    return torch.where(seen, row_start, empty_at), torch.where(seen, row_end, empty_at)
 
 
 def mark_spans(spans: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,154 @@
+"""The Triton kernels in Triton's interpreter, fp16 and fp32 (bfloat16 products are wrong there).
+
+Run by test_mixed_attention_kernels_in_the_interpreter in a process of its own, or by hand:
+``TRITON_INTERPRET=1 pytest tests/test_mixed_attention_interpreter.py``. The interpreter's tiles are
+32 x 32.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+from mixed_attention_cases import MASKS, check, gradients, inputs
+
+from croc_kernels.attention import config
+from croc_kernels.attention.api import mixed_attention
+from croc_kernels.attention.mask import MixedMask
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET", "0") != "1", reason="needs TRITON_INTERPRET=1 from the start"
+)
+
+
+def run(mask, **options):
+    return lambda *x: mixed_attention(*x, mask, return_lse=True, backend="triton", **options)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_kernels_every_mask(name, deterministic):
+    mask = MASKS[name](2, 71, "cpu")
+    q, k, v = inputs(mask, 2, 1, 16, torch.float32)
+    check(run(mask, deterministic=deterministic), q, k, v, mask, 0.25)
+
+
+@pytest.mark.parametrize("dim", config.HEAD_DIMS)
+def test_kernels_every_head_dimension(dim):
+    mask = MASKS["visual"](1, 45, "cpu")
+    q, k, v = inputs(mask, 1, 1, dim, torch.float16)
+    check(run(mask, deterministic=dim > 80), q, k, v, mask, 1 / math.sqrt(dim))
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64])
+def test_kernels_every_length(length):
+    mask = MASKS["spans"](1, length, "cpu")
+    check(run(mask), *inputs(mask, 1, 1, 16, torch.float16), mask, 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [16, 80])
+def test_kernels_soft_cap(dtype, dim):
+    mask = MASKS["left"](2, 40, "cpu")
+    q, k, v = inputs(mask, 2, 2, dim, dtype)
+    check(run(mask, scale=0.7, softcap=2.0), q, k, v, mask, 0.7, 2.0)
+
+
+@pytest.mark.parametrize("group", [3, 4])
+def test_kernels_shared_key_heads(group):
+    mask = MASKS["cache"](2, 70, "cpu")
+    check(run(mask), *inputs(mask, 2 * group, 2, 16, torch.float16), mask, 0.25)
+
+
+@pytest.mark.parametrize("name", ["visual", "window"])
+def test_kernels_three_loops(name, monkeypatch):
+    monkeypatch.setattr(
+        config, "pick_forward", lambda *_: config.ForwardConfig(32, 32, 4, 1, one_loop=False)
+    )
+    mask = MASKS[name](1, 131, "cpu")
+    check(run(mask), *inputs(mask, 1, 1, 16, torch.float32), mask, 0.25)
+
+
+@pytest.mark.parametrize("kind", ["large", "outlier", "equal"])
+def test_kernels_hard_numbers(kind):
+    mask = MASKS["window"](1, 70, "cpu")
+    q, k, v = (x.detach() for x in inputs(mask, 1, 1, 16, torch.float32))
+    if kind == "large":
+        q, k = q * 100, k * 100
+    elif kind == "outlier":
+        k[:, :, 40] *= 1000
+    else:
+        q, k = torch.ones_like(q), torch.ones_like(k)
+    check(run(mask, scale=1.0), q, k, v, mask, 1.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["visual", "spans", "left", "right", "holes", "window-old", "until", "cache"]
+)
+def test_kernels_recover_the_mask_bit_for_bit(name):
+    mask = MASKS[name](2, 64, "cpu")
+    q, k = torch.zeros(2, 1, mask.num_queries, 64), torch.zeros(2, 1, 64, 64)
+    v = torch.eye(64).expand(2, 1, 64, 64)
+    out = mixed_attention(q, k, v, mask)
+    assert torch.equal(out > 0, mask.to_dense())
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("name", ["left", "right", "holes", "cache-holes", "until"])
+def test_kernels_nan_in_unseen_places_reaches_nothing(name, deterministic):
+    mask = MASKS[name](2, 70, "cpu")
+    dense = mask.to_dense()
+    q, k, v = inputs(mask, 1, 1, 16, torch.float32)
+    clean = gradients(run(mask, deterministic=deterministic), q, k, v, torch.float32)
+    sees, seen = dense.any(-1)[..., None], dense.any(-2)[..., None]
+    bad = float("nan")
+    with torch.no_grad():
+        leaves = [torch.where(sees, q, bad), torch.where(seen, k, bad), torch.where(seen, v, bad)]
+    leaves = [x.requires_grad_() for x in leaves]
+    out, lse = run(mask, deterministic=deterministic)(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(out.shape, generator=generator)
+    lse_weight = torch.randn(lse.shape, generator=generator)
+    weight, lse_weight = torch.where(sees, weight, bad), torch.where(sees[..., 0], lse_weight, bad)
+    grads = torch.autograd.grad((out, lse), leaves, (weight, lse_weight))
+    for got, want in zip((out, *grads), (clean[0], *clean[2:]), strict=True):
+        assert torch.equal(got, want)
+    assert bool((out[~sees.expand_as(out)] == 0).all())
+    assert bool((lse[~sees[..., 0].expand_as(lse)] == float("-inf")).all())
+
+
+def test_kernels_take_strides_and_repeat_bitwise():
+    mask = MASKS["visual"](2, 40, "cpu")
+    packed = torch.randn(2, 40, 4, 32)
+    q, k, v = (packed[:, :, a:b].transpose(1, 2)[..., :16] for a, b in ((0, 2), (2, 3), (3, 4)))
+    first = gradients(run(mask, deterministic=True), q, k, v, torch.float32)
+    again = gradients(
+        run(mask, deterministic=True), *(x.contiguous() for x in (q, k, v)), torch.float32
+    )
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_kernels_refuse_what_they_do_not_have():
+    mask = MixedMask.causal(1, 4)
+    x = torch.zeros(1, 1, 4, 72)
+    with pytest.raises(ValueError, match="D must be one of") as caught:
+        mixed_attention(x, x, x, mask)
+    assert str(caught.value) == (
+        "mixed_attention: D must be one of (16, 32, 64, 80, 96, 128, 160, 192, 256), got 72; "
+        'pad the head, or use backend="reference"'
+    )
+    x = torch.zeros(1, 1, 4, 64, dtype=torch.float64)
+    with pytest.raises(ValueError, match="float64") as caught:
+        mixed_attention(x, x, x, mask)
+    assert str(caught.value) == (
+        "mixed_attention: dtype must be float16, bfloat16 or float32 for the Triton kernels, got "
+        'float64, or use backend="reference"'
+    )
+
+
+def test_kernels_of_nothing():
+    mask = MixedMask.causal(0, 5)
+    x = torch.zeros(0, 2, 5, 16, requires_grad=True)
+    mixed_attention(x, x, x, mask).sum().backward()
+    assert x.grad.shape == x.shape
