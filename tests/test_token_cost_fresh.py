@@ -1,0 +1,68 @@
+"""What needs a process of its own: the interpreter, and torch.compile as the very first call."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+COMPILE = """
+import sys
+
+import torch
+
+from croc_kernels import nearest_token, reconstruction_loss, replace_tokens, token_cost
+
+name, backend = sys.argv[1:]
+where = torch.rand(2, 9) < 0.5
+index, rows = torch.randint(12, (2, 9)), torch.randint(9, (2, 5))
+counts = torch.tensor([3, 5])
+calls = {
+    "token_cost": lambda x, p: token_cost(x[0], p, token_index=rows, num_rows=counts),
+    "nearest_token": lambda x, p: nearest_token(x, p, "cosine"),
+    "replace_tokens": lambda x, p: replace_tokens(x, where, p, index),
+    "reconstruction_loss": lambda x, p: reconstruction_loss(x, x + 1, where, num_items=counts[0]),
+}
+for dynamic, dim in ((False, 16), (True, 24)):
+    torch._dynamo.reset()
+    x, p = (torch.randn(*shape, dim, requires_grad=True) for shape in ((2, 9), (12,)))
+    got = torch.compile(calls[name], fullgraph=True, dynamic=dynamic, backend=backend)(x, p)
+    expected = calls[name](x, p)
+    assert torch.equal(got, expected), (name, dynamic)
+    if expected.requires_grad:
+        results = [
+            torch.autograd.grad(y, (x, p), torch.ones_like(y), allow_unused=True)
+            for y in (got, expected)
+        ]
+        for a, b in zip(*results, strict=True):
+            assert (a is None) == (b is None), (name, dynamic)
+            assert a is None or torch.equal(a, b), (name, dynamic)
+"""
+
+
+def run(*command: str, **environment: str) -> None:
+    """Run Python in a fresh process; show its output if it fails."""
+    result = subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, **environment},
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["token_cost", "nearest_token", "replace_tokens", "reconstruction_loss"]
+)
+def test_token_cost_and_others_compile_as_the_first_call(name: str) -> None:
+    # aot_eager traces as inductor does, and compiles no C++.
+    run("-c", COMPILE, name, "aot_eager")
+
+
+@pytest.mark.parametrize("file", ["test_token_cost_kernels.py", "test_replace_tokens_kernels.py"])
+def test_token_cost_and_replace_tokens_kernels_in_the_interpreter(file: str) -> None:
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file), TRITON_INTERPRET="1")
