@@ -17,6 +17,8 @@ from transformers import (
 )
 
 from croc_kernels.recipes.demo_model import train_tokenizer
+from croc_kernels.recipes.options import resolve
+from croc_kernels.recipes.pretrain import Stage, set_up, train
 from croc_kernels.recipes.processor import plain_template
 
 TOKENS = 16  # per image: 4 x 4 patches
@@ -139,3 +141,24 @@ def write_case(folder: Path) -> Case:
     processor.save_pretrained(case.model)
     make_model(processor).save_pretrained(case.model)
     return case
+
+
+def make_stage(options: dict[str, Any]) -> Stage:
+    """Set a run up from its options, as the command does."""
+    return set_up(*resolve(options))
+
+
+def run_case(options: dict[str, Any]) -> Stage:
+    """Set a run up and train to its end."""
+    stage = make_stage(options)
+    train(stage)
+    return stage
+
+
+def losses_of(history: list[dict]) -> dict[int, tuple[float, float, float]]:
+    """Step -> loss, caption loss, reconstruction loss."""
+    return {
+        entry["step"]: (entry["loss"], entry["caption_loss"], entry["reconstruction_loss"])
+        for entry in history
+        if "caption_loss" in entry
+    }

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from ..integrations import transformers as integration
+from ..layer import CrocLayer
 from .checkpoints import clean, write_directory
+from .data import LlavaDataset
 from .demo_data import write_demo_data
 from .demo_model import write_demo_model
 from .options import StageArguments
 from .pictures import plot_pictures
-from .pretrain import FINAL, Stage, first_and_last, set_up, train
+from .pretrain import FINAL, first_and_last, load_model, set_up, train
 from .probe import Probe, probe_picture
 
 logger = logging.getLogger("croc_kernels")
@@ -42,14 +44,16 @@ def prepare(stage: StageArguments, seed: int) -> None:
     stage.model = str(folder / "model")
 
 
-def _probes(stage: Stage, names: tuple[str, ...]) -> list[Probe]:
+def _probes(
+    model: PreTrainedModel, layer: CrocLayer, dataset: LlavaDataset, names: tuple[str, ...]
+) -> list[Probe]:
     positions = {}
-    for position in range(len(stage.dataset)):
-        images = stage.dataset.records[position][1].images
+    for position in range(len(dataset)):
+        images = dataset.records[position][1].images
         if len(images) == 1:
             positions.setdefault(Path(images[0]).stem, position)
     return [
-        probe_picture(stage.model, stage.layer, stage.dataset, positions[name], seed=number)
+        probe_picture(model, layer, dataset, positions[name], seed=number)
         for number, name in enumerate(names)
     ]
 
@@ -80,10 +84,11 @@ def run_demo(stage_arguments: StageArguments, training: TrainingArguments) -> in
     prepare(stage_arguments, training.seed)
     output = Path(stage_arguments.output)
     stage = set_up(stage_arguments, training)
-    stage.model.to(training.device)
-    before = _probes(stage, PICTURES)
+    # A resumed run has a trained model by now; the seed makes the untrained one again.
+    untrained, layer = load_model(stage_arguments, training.seed)
+    before = _probes(untrained.to(training.device), layer, stage.dataset, PICTURES)
     train(stage)
-    after = _probes(stage, PICTURES)
+    after = _probes(stage.model, stage.layer, stage.dataset, PICTURES)
     plot_pictures(PICTURES, before, after, stage.layer.pool, output / "pictures.png")
     losses = first_and_last(stage.trainer.state.log_history)
     for name, (first, last) in losses.items():

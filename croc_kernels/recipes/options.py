@@ -78,11 +78,11 @@ WARMUP = 0.03
 # The demo where it differs from the real stage; overridden in the same way.
 DEMO_DEFAULTS: dict[str, Any] = {
     "pool_size": 256,
-    "max_steps": 240,
+    "max_steps": 200,
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-3,
     "logging_steps": 1,
-    "save_steps": 60,
+    "save_steps": 50,
     "save_total_limit": 2,
 }
 
@@ -166,11 +166,12 @@ def _check(stage: StageArguments) -> None:
         )
     if stage.vision_learning_rate is not None and not stage.train_vision_tower:
         raise OptionError("pretrain: vision_learning_rate must go with --train_vision_tower")
-    given = [name for name in ("model", "data", "image_folder") if getattr(stage, name)]
+    needed = ("model", "data", "image_folder")
+    given = [name for name in needed if getattr(stage, name)]
     if stage.demo and given:
         raise OptionError(f"pretrain: demo must go without --{given[0]}, it brings its own")
     if not stage.demo and len(given) < 3:
-        missing = ({"model", "data", "image_folder"} - set(given)).pop()
+        missing = next(name for name in needed if name not in given)
         raise OptionError(f"pretrain: --{missing.replace('_', '-')} must be given, or --demo")
 
 

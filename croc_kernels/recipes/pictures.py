@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -27,10 +28,10 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the last ``window`` values, fewer at the start."""
+    """Mean over ``window`` values to each side, fewer at the ends."""
     total = np.cumsum(np.insert(values, 0, 0.0))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - window, 0)
+    here = np.arange(len(values))
+    starts, ends = np.maximum(here - window, 0), np.minimum(here + window + 1, len(values))
     return (total[ends] - total[starts]) / (ends - starts)
 
 
@@ -50,11 +51,11 @@ def plot_losses(history: Sequence[dict], path: Path) -> None:
     )
     for axes, (name, title, colour) in zip(figure.subplots(1, 2), panels, strict=True):
         values = np.array([entry[name] for entry in logged])
-        window = max(1, len(values) // 12)
-        faint = {"alpha": 0.3, "linewidth": 1} if window > 1 else {"linewidth": 2}
+        window = len(values) // 40
+        faint = {"alpha": 0.35, "linewidth": 1} if window else {"linewidth": 2}
         axes.plot(steps, values, color=colour, label="as logged", **faint)
-        if window > 1:
-            label = f"mean of the last {window}"
+        if window:
+            label = f"mean of {2 * window + 1} logs"
             axes.plot(steps, _smooth(values, window), color=colour, linewidth=2, label=label)
         axes.set(title=title, xlabel="optimizer step", ylabel="loss")
         axes.set_ylim(bottom=0)
@@ -97,7 +98,8 @@ def _show_matches(axes: Axes, probe: Probe, colour_of: np.ndarray) -> None:
 def _show_error(axes: Axes, probe: Probe, top: float) -> object:
     error = np.ma.masked_array(_grid(probe.error), ~_grid(probe.masked))
     axes.set_facecolor(_KEPT)
-    return axes.imshow(error, cmap="cividis", vmin=0, vmax=top)
+    # The square root keeps small errors apart: training shrinks them by an order of magnitude.
+    return axes.imshow(error, cmap="cividis", norm=PowerNorm(0.5, vmin=0, vmax=top))
 
 
 def pool_colours(pool: Tensor) -> np.ndarray:

@@ -101,8 +101,8 @@ def longest_sequence(model: PreTrainedModel, processor: ProcessorMixin) -> int:
     return min(processor.tokenizer.model_max_length, positions or 10**9)
 
 
-def load_model(stage: StageArguments) -> tuple[PreTrainedModel, CrocLayer]:
-    """The model with its layer: as saved if it was saved with one, else a new one attached.
+def load_model(stage: StageArguments, seed: int) -> tuple[PreTrainedModel, CrocLayer]:
+    """The untrained model with its layer: as saved if it was saved with one, else a new one.
 
     Raises:
         OptionError: the saved layer is of another recipe.
@@ -116,6 +116,8 @@ def load_model(stage: StageArguments) -> tuple[PreTrainedModel, CrocLayer]:
             )
         model = integration.from_pretrained(stage.model, dtype=stage.model_dtype)
         return model, model.croc
+    # Before the model: a layer that is attached draws its pool.
+    set_seed(seed)
     model = AutoModelForImageTextToText.from_pretrained(stage.model, dtype=stage.model_dtype)
     layer = integration.attach(
         model,
@@ -140,9 +142,15 @@ def set_up(stage: StageArguments, training: TrainingArguments) -> Stage:
     if training.process_index == 0:
         clean(output)
     resume = find_resume(output, stage.resume)
-    # Before the model: a layer that is attached draws its pool.
-    set_seed(training.seed)
-    model, layer = load_model(stage)
+    if resume is not None and training.save_only_model:
+        raise OptionError(
+            "pretrain: resume must go without save_only_model, it needs the optimizer"
+        )
+    if resume is None:
+        model, layer = load_model(stage, training.seed)
+    else:
+        model = integration.from_pretrained(resume, dtype=stage.model_dtype)
+        layer = model.croc
     freeze(model, stage)
     processor = load_processor(stage.model, AutoConfig.from_pretrained(stage.model))
     dataset = LlavaDataset(

@@ -64,6 +64,8 @@ class StageTrainer(Trainer):
         ``reconstruction_loss``
     (unweighted) are logged beside ``loss``.
 
+    To go on from a checkpoint, give a ``model`` that was loaded from it.
+
     Raises:
         RuntimeError: the model takes no loss arguments, or several GPUs are driven by one process.
     """
@@ -218,6 +220,18 @@ class StageTrainer(Trainer):
             if inner:
                 staged.rmdir()
         self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Weights of a plain model are there already: it was made from the checkpoint.
+
+        transformers 5 saves a LLaVA's weights under other names than the model has in memory, and
+        Trainer (5.17) reads them back by name: none fits, it only warns, and training goes on from
+        the weights it started with.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def resume_report(self, checkpoint: Path) -> None:
         """Take over the notes that a checkpoint was saved with."""
