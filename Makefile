@@ -6,7 +6,7 @@ CONSTRAINTS ?= constraints.txt
 # Passed to every `pip install`, for example an index with CPU builds of torch.
 PIP_ARGS ?=
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(CONSTRAINTS))
-DEMO_ARGS ?= --output croc-demo
+DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -23,8 +23,10 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 .PHONY: build test test-cpu lint bench plot demo wheel venv clean
 .DELETE_ON_ERROR:
 
+# From the start each time; `croc-kernels pretrain --demo --output croc-demo --resume` goes on instead.
 demo: build
-	$(PY) -m croc_kernels.cli pretrain --demo $(DEMO_ARGS)
+	rm -rf croc-demo
+	$(PY) -m croc_kernels.cli pretrain --demo --output croc-demo $(DEMO_ARGS)
 
 # GPU tests run where there is a GPU and say why they are skipped elsewhere.
 test: build
