@@ -1,5 +1,5 @@
-// The search: tight matching, bids, shortest augmenting paths, the reverse pass, the certificate.
-// Included by host_solver.h once per instruction set.
+// The exact search: tight matching, bids, shortest augmenting paths, the reverse pass. Included by
+// host_solver.h once per instruction set.
 //
 // Invariant: v <= 0 where n < m, and matched pairs are tight: row i matched to column j has
 // c_ij - v_j = min_k (c_ik - v_k). Bids and paths only lower v and keep it. Once every row is
@@ -37,7 +37,8 @@ template <class T>
 void bid(Work<T>& w, const HostTuning& tuning) {
   std::vector<int> queue, left;
   queue.swap(w.free_rows);
-  const int64_t limit = static_cast<int64_t>(tuning.bids_per_row * queue.size()) + 1;
+  const int64_t limit =
+      w.counts.bids + static_cast<int64_t>(tuning.bids_per_row * queue.size()) + 1;
   size_t head = 0;
   for (; head < queue.size() && w.counts.bids < limit; ++head) {
     const int i = queue[head];
@@ -148,7 +149,8 @@ void raise(Work<T>& w, int root) {
   w.v[root] += best;
   for (size_t k = 0; k < rows.size(); ++k) {
     if (!(w.reached[k] < best)) continue;
-    w.v[w.column_of[rows[k]]] += best - w.reached[k];
+    double& v = w.v[w.column_of[rows[k]]];
+    v = std::min(0.0, v + (best - w.reached[k]));  // rounding must not leave it above 0
     w.u[rows[k]] -= best - w.reached[k];
   }
   w.v[end] = 0;
@@ -183,33 +185,4 @@ void reverse(Work<T>& w) {
   for (int j : below) w.v[j] = std::min(0.0, std::max(w.v[j], w.scratch[j]));
   for (int j : below)
     if (w.v[j] < 0) raise(w, j);
-}
-
-// Row duals are the row minima of c - v, so that the gap bounds cost - optimum whatever v is.
-template <class T>
-double certify(const Work<T>& w, double* row_dual) {
-  double gap = 0;
-  for (int i = 0; i < w.n; ++i) {
-    row_dual[i] = row_minimum(w.row(i), w.v.data(), w.m);
-    gap += (w.at(i, w.column_of[i]) - w.v[w.column_of[i]]) - row_dual[i];
-  }
-  for (int j = 0; j < w.m; ++j)
-    if (w.row_of[j] < 0) gap -= w.v[j];
-  return gap;
-}
-
-template <class T>
-AssignmentResult solve_prepared(Work<T>& w, const HostTuning& tuning, int64_t* index,
-                                double* row_dual, double* column_dual) {
-  AssignmentStatus status = read_costs(w);
-  if (status != kOk) return {status, kInfinity};
-  warm_start(w, tuning);
-  match_tight(w);
-  bid(w, tuning);
-  for (int i : w.free_rows)
-    if (!augment(w, i)) return {kInfeasible, kInfinity};
-  reverse(w);
-  std::copy(w.column_of.begin(), w.column_of.end(), index);
-  std::copy(w.v.begin(), w.v.begin() + w.m, column_dual);
-  return {kOk, certify(w, row_dual)};
 }

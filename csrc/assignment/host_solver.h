@@ -1,6 +1,6 @@
 // Exact rectangular assignment on a CPU: the dispatch over instruction sets. No torch in here.
 //
-// host_kernels.h, host_start.h and host_paths.h are compiled once per instruction set, each time in
+// The files that are included below are compiled once per instruction set, each time in
 // a namespace of its own, and the best one that the processor has is chosen at run time: the wheel
 // is built without -march.
 #pragma once
@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace croc {
@@ -32,15 +33,19 @@ struct AssignmentResult {
 
 // Counts of one problem, for tests and for tuning: a scan reads one row (or column) of costs.
 struct AssignmentCounts {
-  int64_t free_rows, bids, free_after_bids, row_scans, column_scans;
+  int64_t free_rows, bids, free_after_bids, row_scans, column_scans, auction_bids;
 };
 
-// What was chosen by measurement: benchmarks/assignment_cpu.py, docs/assignment.md.
+// Chosen by measurement: docs/assignment.md says what else was tried.
 struct HostTuning {
   bool means = true;          // start from column means where their dual value is higher
   int spreads = 2;            // Sinkhorn steps behind that
   double temperature = 0.25;  // of the local scale
   double bids_per_row = 16;   // limit, per row that is free after the tight matching
+  int rows_for_auction = 32;  // more free rows after the bids start an auction
+  int auction_phases = 3;
+  double epsilon = 8, epsilon_factor = 0.125;  // of the local scale, from phase to phase
+  int auction_bids = 60;                       // limit, per row and column
 };
 
 namespace host {
@@ -65,6 +70,8 @@ namespace baseline {
 #include "host_kernels.h"
 #include "host_start.h"
 #include "host_paths.h"
+#include "host_auction.h"
+#include "host_solve.h"
 #undef CROC_LANES
 }  // namespace baseline
 #ifdef CROC_MULTIVERSION
@@ -75,6 +82,8 @@ namespace avx2 {
 #include "host_kernels.h"
 #include "host_start.h"
 #include "host_paths.h"
+#include "host_auction.h"
+#include "host_solve.h"
 #undef CROC_LANES
 }  // namespace avx2
 #pragma GCC pop_options
@@ -85,6 +94,8 @@ namespace avx512 {
 #include "host_kernels.h"
 #include "host_start.h"
 #include "host_paths.h"
+#include "host_auction.h"
+#include "host_solve.h"
 #undef CROC_LANES
 }  // namespace avx512
 #pragma GCC pop_options
