@@ -313,8 +313,9 @@ def test_token_cost_config_fits_the_chip(dtype: torch.dtype, arch: int) -> None:
 
 
 def test_token_cost_config_uses_the_large_tile_on_a_full_chip() -> None:
-    large = pick_config(90, torch.bfloat16, 32 * 432, 2048, 4096)
-    assert (large.block_m, 2 * large.half_n) == (128, 256)
+    for images in (4, 32, 128):
+        large = pick_config(90, torch.bfloat16, images * 432, 2048, 4096)
+        assert (large.block_m, 2 * large.half_n) == (128, 256)
     assert pick_config(90, torch.bfloat16, 432, 2048, 4096).half_n == 64
     assert large in candidates(torch.bfloat16)
     assert pick_config(90, torch.float32, 9, 9, 9) in candidates(torch.float32)

@@ -35,9 +35,14 @@ _FLOAT32 = CostConfig(128, 64, 32, 8, 8, 3)
 # Three tf32 products hold their operands in registers where there is no wgmma.
 _AMPERE_FLOAT32 = CostConfig(64, 32, 32, 8, 8, 3)
 
-# Below this many tiles of the large shape the chip would be left partly idle: 132 multiprocessors
-# on an H200.
-_FULL_CHIP_TILES = 132
+# Multiprocessors of an H100 SXM or H200, each of which runs one program of either Hopper shape.
+_MULTIPROCESSORS = 132
+
+
+def _time(config: CostConfig, rows: int, pool_size: int) -> int:
+    """Rounds of programs over the chip, weighted by the width of a tile."""
+    tiles = -(-rows // config.block_m) * -(-pool_size // (2 * config.half_n))
+    return -(-tiles // _MULTIPROCESSORS) * config.half_n
 
 
 def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int, dim: int) -> CostConfig:
@@ -58,9 +63,9 @@ def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int, dim: i
         return _RAGGED_16
     if arch >= 100:
         return _BLACKWELL_16
-    large = _HOPPER_16
-    tiles = -(-rows // large.block_m) * -(-pool_size // (2 * large.half_n))
-    return large if tiles >= _FULL_CHIP_TILES else _HOPPER_16_SMALL
+    # For the same products the small tile reads 4 / 3 as much from the L2, which bounds both.
+    large, small = (_time(shape, rows, pool_size) for shape in (_HOPPER_16, _HOPPER_16_SMALL))
+    return _HOPPER_16 if 3 * large <= 4 * small else _HOPPER_16_SMALL
 
 
 def candidates(dtype: torch.dtype) -> tuple[CostConfig, ...]:
