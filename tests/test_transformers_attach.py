@@ -1,6 +1,9 @@
 """attach, detach, report on tiny random models; the wide matrix is marked slow."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import scipy.optimize
@@ -656,6 +659,31 @@ def test_save_and_load(case, recipe, tmp_path):
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert not hasattr(plain.config, "croc")
     assert torch.isfinite(plain(**inputs).logits).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", cases())
+def test_export_needs_transformers_only(case, tmp_path):
+    model = attached(case, "victor").eval()
+    inputs = zoo.batch(case, model)
+    del inputs["labels"]
+    model.config.get_text_config()._attn_implementation = "sdpa"
+    croc.export(model, tmp_path / "model")
+    torch.save((inputs, model(**inputs).logits), tmp_path / "expected.pt")
+    program = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForImageTextToText as Auto\n"
+        "inputs, expected = torch.load(sys.argv[1] + '/expected.pt')\n"
+        "model = Auto.from_pretrained(sys.argv[1] + '/model', trust_remote_code=True)\n"
+        "assert type(model).__name__.startswith('Normalized')\n"
+        "with torch.no_grad():\n"
+        "    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)\n"
+        "assert not any(m.split('.')[0] == 'croc_kernels' for m in sys.modules)\n"
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    subprocess.run(command, check=True, env=environment)
+    assert torch.isfinite(model.train()(**zoo.batch(case, model)).loss)
 
 
 def test_save_in_shards(tmp_path):

@@ -10,7 +10,8 @@ from .faults import check_transformers
 from .seams import ATTRIBUTE, CONFIG_ENTRY, MODULE, Attachment
 
 
-def _attachment(function: str, model: nn.Module) -> Attachment:
+def attachment_of(function: str, model: nn.Module) -> Attachment:
+    """The model's attachment, or a RuntimeError that names ``function``."""
     attachment = model.__dict__.get(ATTRIBUTE)
     if attachment is None:
         raise RuntimeError(f"{function}: model must have a CrocLayer attached, got a plain one")
@@ -109,7 +110,7 @@ def detach(model: nn.Module) -> CrocLayer:
     Raises:
         RuntimeError: nothing is attached.
     """
-    attachment = _attachment("detach", model)
+    attachment = attachment_of("detach", model)
     layer = attachment.layer
     attachment.restore()
     return layer
@@ -121,4 +122,4 @@ def report(model: nn.Module) -> list[str]:
     Raises:
         RuntimeError: nothing is attached.
     """
-    return list(_attachment("report", model).undo.changes)
+    return list(attachment_of("report", model).undo.changes)

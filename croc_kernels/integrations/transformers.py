@@ -17,12 +17,14 @@ registries, and :func:`attach` (which calls it) changes the instance it is given
 
 from .attach import attach, detach, report
 from .attention_interface import is_registered, register
+from .export import export
 from .faults import known_faults
 from .saving import from_pretrained
 
 __all__ = [
     "attach",
     "detach",
+    "export",
     "from_pretrained",
     "is_registered",
     "known_faults",
