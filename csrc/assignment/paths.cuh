@@ -15,13 +15,18 @@ struct Reached {
   static constexpr int kSlots = 4 * kGroups;
   double distance[kSlots];
   int before[kSlots];
-  unsigned tree;
+  unsigned tree, taken;  // a bit per slot
 
   __device__ void clear(const State&, int) {
 #pragma unroll
     for (int k = 0; k < kSlots; ++k) distance[k] = infinity(), before[k] = -1;
-    tree = 0;
+    tree = taken = 0;
   }
+  // Which columns are matched does not change during a search.
+  __device__ void note_matched(const State& s, int slot, int column) {
+    if (s.row_of[column] >= 0) taken |= 1u << slot;
+  }
+  __device__ bool matched(const State&, int slot, int) const { return taken >> slot & 1u; }
   __device__ double get(const State&, int slot, int) const { return distance[slot]; }
   __device__ void set(const State&, int slot, int, double x, int from) {
     distance[slot] = x;
@@ -40,6 +45,8 @@ struct Reached<0> {
     for (int j = threadIdx.x; j < count; j += blockDim.x) s.reach[j] = infinity(), s.tree[j] = 0;
     __syncthreads();
   }
+  __device__ void note_matched(const State&, int, int) {}
+  __device__ bool matched(const State& s, int, int column) const { return s.row_of[column] >= 0; }
   __device__ double get(const State& s, int, int node) const { return s.reach[node]; }
   __device__ void set(const State& s, int, int node, double x, int from) {
     s.reach[node] = x;
@@ -88,6 +95,11 @@ __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<
                                  int source) {
   constexpr unsigned kMatched = 1u << 31;
   reached.clear(s, costs.m);
+  for_own_fours<kGroups>(costs.m, [&](int slot, int first) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (first + k < costs.m) reached.note_matched(s, slot + k, first + k);
+  });
   int row = source, taken = -1;
   double distance = 0.0;
   for (int step = 0;; ++step) {
@@ -108,13 +120,13 @@ __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<
         double now = reached.get(s, slot + k, j);
         if (through < now) reached.set(s, slot + k, j, now = through, row);
         if (now > least) continue;
-        const int owner = s.row_of[j];
-        // As near as the row itself, and its own row has the same costs: scanning that one would reach nothing new.
-        if (now <= distance && owner >= 0 && s.twin[owner] == twin && now - s.u[owner] >= base) {
+        const bool matched = reached.matched(s, slot + k, j);
+        // As near as this row, and its own row has the same costs: scanning that one would reach nothing new.
+        if (matched && now <= distance && s.twin[s.row_of[j]] == twin && now - s.u[s.row_of[j]] >= base) {
           reached.enter(s, slot + k, j);
           continue;
         }
-        const unsigned mine = static_cast<unsigned>(j) | (owner >= 0 ? kMatched : 0u);
+        const unsigned mine = static_cast<unsigned>(j) | (matched ? kMatched : 0u);
         if (now < least || mine < key) least = now, key = mine;
       }
     });

@@ -1,0 +1,188 @@
+// Where the time of the CUDA assignment solver goes: one scan of a row by a block, then every kernel of a whole solve.
+//
+//   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu -o /tmp/scan && /tmp/scan
+//
+// Prints one JSON object per line. Times are medians over repeated runs, from events; the first runs are dropped.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "assignment/solver.cuh"
+
+namespace {
+
+using namespace croc::gpu;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+#define CHECK(expression) check((expression), #expression)
+
+constexpr int kWarmups = 5;
+constexpr int kRuns = 25;
+
+template <class T>
+T* on_device(const std::vector<T>& host) {
+  T* device = nullptr;
+  CHECK(cudaMalloc(&device, host.size() * sizeof(T)));
+  CHECK(cudaMemcpy(device, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  return device;
+}
+
+float median(std::vector<float> values) {
+  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+  return values[values.size() / 2];
+}
+
+// The step of the path search, alone: the first n columns are matched, the others forbidden, so that a search scans
+// all n rows and gives up.
+__global__ void __launch_bounds__(kPathThreads, 1) scan_all_rows(Arguments a, int* steps) {
+  CROC_DYNAMIC_SHARED(shared);
+  const Problem<float> p(a);
+  State s;
+  s.carve(shared, a.max_n(), a.max_m(), false);
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.v[j] = 0.0, s.row_of[j] = j < p.n - 1 ? j : -1;
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.u[i] = 0.0, s.twin[i] = i;
+  __syncthreads();
+  Reached<1> reached;
+  const PathEnd end = shortest_path<float>(p.costs, s, reached, p.n - 1);
+  if (threadIdx.x == 0) steps[blockIdx.x] = end.steps;
+}
+
+void measure_scan(int batch, int n, int m) {
+  std::vector<float> cost(static_cast<size_t>(batch) * n * m);
+  std::mt19937 random(1);
+  std::uniform_real_distribution<float> uniform;
+  for (size_t k = 0; k < cost.size(); ++k)
+    cost[k] = static_cast<int>(k % m) < n - 1 ? uniform(random) : std::numeric_limits<float>::infinity();
+  Arguments a{};
+  a.batch = batch, a.rows = n, a.columns = m, a.vectors = m % 4 == 0;
+  const Plan plan = make_plan(n, m, 227 * 1024);
+  unsigned char* workspace = nullptr;
+  CHECK(cudaMalloc(&workspace, plan_workspace(a, plan)));
+  a.workspace = workspace;
+  float* device_cost = on_device(cost);
+  a.cost = device_cost;
+  int* steps = on_device(std::vector<int>(batch));
+  CHECK(cudaFuncSetAttribute(scan_all_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)));
+  cudaEvent_t begin, end;
+  CHECK(cudaEventCreate(&begin));
+  CHECK(cudaEventCreate(&end));
+  std::vector<float> times;
+  for (int run = 0; run < kWarmups + kRuns; ++run) {
+    CHECK(cudaEventRecord(begin));
+    scan_all_rows<<<batch, plan.threads, plan.shared>>>(a, steps);
+    CHECK(cudaGetLastError());
+    CHECK(cudaEventRecord(end));
+    CHECK(cudaEventSynchronize(end));
+    float ms = 0.0f;
+    CHECK(cudaEventElapsedTime(&ms, begin, end));
+    if (run >= kWarmups) times.push_back(ms);
+  }
+  int taken = 0;
+  CHECK(cudaMemcpy(&taken, steps, sizeof taken, cudaMemcpyDeviceToHost));
+  std::printf("{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"steps\": %d, \"us_per_scan\": %.4f}\n", batch, n, m,
+              taken, 1e3f * median(times) / taken);
+  CHECK(cudaFree(workspace));
+  CHECK(cudaFree(device_cost));
+  CHECK(cudaFree(steps));
+}
+
+// Puts an event after every launch.
+struct TimedLauncher {
+  std::vector<cudaEvent_t>* events;
+
+  void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared, const Arguments& a) const {
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    kernel<<<grid, threads, shared>>>(a);
+    CHECK(cudaGetLastError());
+    cudaEvent_t event;
+    CHECK(cudaEventCreate(&event));
+    CHECK(cudaEventRecord(event));
+    events->push_back(event);
+  }
+};
+
+// The order of solve(): write it here again, so that a change there shows as a wrong number of launches.
+const char* const kNames[] = {"prepare", "column_means", "start_from_means", "compare_rows", "choose_start",
+                              "sinkhorn_rows", "sinkhorn_columns", "sinkhorn_rows", "sinkhorn_columns",
+                              "start_from_sinkhorn", "nearest_columns", "find_twins", "match_rows", "raise_columns",
+                              "release_columns", "measure_slack", "write_results"};
+constexpr size_t kLaunches = sizeof kNames / sizeof *kNames;
+
+// Column offsets and small noise as at the start of training, or uniform costs.
+void measure_solve(const std::string& family, int batch, int n, int m) {
+  std::vector<float> cost(static_cast<size_t>(batch) * n * m), offset(m);
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  std::uniform_real_distribution<float> uniform;
+  for (float& x : offset) x = 64.0f + 0.7f * normal(random);
+  for (size_t k = 0; k < cost.size(); ++k)
+    cost[k] = family == "init" ? offset[k % m] + normal(random) / 64.0f : uniform(random);
+  Arguments a{};
+  a.batch = batch, a.rows = n, a.columns = m, a.vectors = m % 4 == 0;
+  float* device_cost = on_device(cost);
+  a.cost = device_cost;
+  const int64_t rows = static_cast<int64_t>(batch) * n, columns = static_cast<int64_t>(batch) * m;
+  CHECK(cudaMalloc(&a.index, rows * 8));
+  CHECK(cudaMalloc(&a.row_dual, rows * 8));
+  CHECK(cudaMalloc(&a.column_dual, columns * 8));
+  CHECK(cudaMalloc(&a.gap, batch * 8));
+  CHECK(cudaMalloc(&a.status, batch * 4));
+  const Plan plan = make_plan(a.max_n(), a.max_m(), 227 * 1024);
+  CHECK(cudaMalloc(&a.workspace, plan_workspace(a, plan)));
+  std::vector<std::vector<float>> times(kLaunches + 1);
+  for (int run = 0; run < kWarmups + kRuns; ++run) {
+    std::vector<cudaEvent_t> events(1);
+    CHECK(cudaEventCreate(&events[0]));
+    CHECK(cudaEventRecord(events[0]));
+    solve<float>(TimedLauncher{&events}, a, plan);
+    CHECK(cudaDeviceSynchronize());
+    if (events.size() != kLaunches + 1) check(cudaErrorUnknown, "kNames does not list the launches of solve()");
+    for (size_t k = 0; k <= kLaunches; ++k) {
+      float ms = 0.0f;
+      const cudaEvent_t from = k < kLaunches ? events[k] : events[0];
+      CHECK(cudaEventElapsedTime(&ms, from, events[k < kLaunches ? k + 1 : kLaunches]));
+      if (run >= kWarmups) times[k].push_back(ms);
+    }
+    for (cudaEvent_t event : events) CHECK(cudaEventDestroy(event));
+  }
+  std::vector<unsigned char> workspace(plan_workspace(a, plan));
+  CHECK(cudaMemcpy(workspace.data(), a.workspace, workspace.size(), cudaMemcpyDeviceToHost));
+  std::vector<double> gaps(batch);
+  CHECK(cudaMemcpy(gaps.data(), a.gap, batch * 8, cudaMemcpyDeviceToHost));
+  int most[kCounters] = {};
+  for (int b = 0; b < batch; ++b) {
+    Workspace w;
+    w.carve(workspace.data() + b * a.workspace_stride, a.max_n(), a.max_m(), a.large);
+    for (int c = 0; c < kCounters; ++c) most[c] = std::max(most[c], w.scalars->counters[c]);
+  }
+  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g, \"most_rounds\": %d, "
+              "\"most_row_scans\": %d, \"most_column_scans\": %d, \"us\": {",
+              family.c_str(), batch, n, m, median(times[kLaunches]), *std::max_element(gaps.begin(), gaps.end()),
+              most[kRounds], most[kRowScans], most[kColumnScans]);
+  std::map<std::string, float> by_name;
+  for (size_t k = 0; k < kLaunches; ++k) by_name[kNames[k]] += 1e3f * median(times[k]);
+  const char* separator = "";
+  for (const auto& [name, us] : by_name) std::printf("%s\"%s\": %.1f", separator, name.c_str(), us), separator = ", ";
+  std::printf("}}\n");
+  for (void* p : {static_cast<void*>(device_cost), static_cast<void*>(a.index), static_cast<void*>(a.row_dual),
+                  static_cast<void*>(a.column_dual), static_cast<void*>(a.gap), static_cast<void*>(a.status),
+                  static_cast<void*>(a.workspace)})
+    CHECK(cudaFree(p));
+}
+
+}  // namespace
+
+int main() {
+  for (int batch : {1, 4, 32, 128}) measure_scan(batch, 432, 2048);
+  for (int batch : {4, 32, 128})
+    for (const char* family : {"init", "uniform"}) measure_solve(family, batch, 432, 2048);
+  measure_solve("init", 4, 2016, 2048);
+}
