@@ -4,12 +4,15 @@ import copy
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_layer import C, M, features_of
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import croc_kernels as ck
 from croc_kernels.heads import BertHead
@@ -135,7 +138,7 @@ def test_normalisation_of_bfloat16_has_float32_norms() -> None:
     assert y.dtype == torch.bfloat16
     exact = F.normalize(x.double(), dim=1)
     # One rounding, of the result: at most half a unit in the last of 8 digits.
-    limit = 2.0**-9 + 1e-6
+    limit = 2.0**-8 + 1e-6
     assert ((y.double() - exact).abs() <= limit * exact.abs()).all()
     published = F.normalize(x, dim=1).double()
     assert ((published - exact).abs() > limit * exact.abs()).any()
@@ -230,14 +233,26 @@ def test_bert_head_refuses_an_image_beyond_its_positions() -> None:
 # --- tracing and sharding ------------------------------------------------------------------------
 
 
+class _NoHostTensors(TorchDispatchMode):
+    """Fails on an op that reads a tensor of the host: on a GPU that is a copy to wait for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                assert leaf.device.type == "meta", func
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("lengths", [(12, 12), (12, 5, 0), (90, 7)])
-def test_layer_never_reads_a_value_from_the_device(recipe: str, lengths: tuple[int, ...]) -> None:
-    # Meta tensors have no values: whatever the host would have to wait for raises here.
+def test_layer_step_needs_nothing_of_the_host(recipe: str, lengths: tuple[int, ...]) -> None:
+    # Meta tensors have no values: whatever the host would have to read from the device raises.
     layer = ck.CrocLayer(C, M, recipe, allow_reuse=True, device="meta")
     features = torch.randn(sum(lengths), C, device="meta", requires_grad=True)
-    loss = run_stage(layer, features, lengths) + layer.touch()
-    loss.backward()
+    with _NoHostTensors():
+        loss = run_stage(layer, features, lengths) + layer.touch()
+        loss.backward()
+        layer.match_ahead([(features, lengths), (features, lengths)])
     assert features.grad.shape == features.shape
     assert layer.pool.grad.shape == layer.pool.shape
 
@@ -269,9 +284,7 @@ print("same")
 """
 
 
-@pytest.mark.parametrize(
-    ("recipe", "mode"), [("croc", "dynamic"), ("croc-released", "dynamic"), ("victor", "static")]
-)
+@pytest.mark.parametrize(("recipe", "mode"), [("croc", "static"), ("croc-released", "dynamic")])
 def test_layer_compiles_in_one_graph_in_a_fresh_process(recipe: str, mode: str) -> None:
     command = [sys.executable, "-c", _COMPILED, recipe, mode]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -294,9 +307,10 @@ class _Model(nn.Module):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_layer_inside_an_fsdp2_root(recipe: str, tmp_path) -> None:
+@pytest.mark.parametrize("own_unit", [False, True])
+def test_layer_inside_an_fsdp2_root(recipe: str, own_unit: bool, tmp_path: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
@@ -304,7 +318,12 @@ def test_layer_inside_an_fsdp2_root(recipe: str, tmp_path) -> None:
     try:
         model = _Model(recipe).eval()
         plain = copy.deepcopy(model)
-        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+        mesh = init_device_mesh("cpu", (1,))
+        if own_unit:
+            fully_shard(model.croc, mesh=mesh, reshard_after_forward=True)
+            for method in ("replace", "match_ahead", "loss", "touch"):
+                register_fsdp_forward_method(model.croc, method)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
         for lengths in (LENGTHS, ()):
             images = features_of(lengths)
             losses = []
