@@ -57,6 +57,7 @@ def _mixed_attention_bwd_fake(
     return tuple(_empty_like_heads(x, x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
 
 
+# The second result is the log-sum-exp of each row to base 2; grad_lse is its gradient.
 mixed_attention_fwd = _define(
     "mixed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor start, Tensor end, "
     "Tensor? visible_until, float scale, float softcap) -> (Tensor, Tensor)",
@@ -130,19 +131,33 @@ _LIB.define("linear_assignment" + _ASSIGNMENT)
 torch.library.register_fake("croc_kernels::linear_assignment", _linear_assignment_fake, lib=_LIB)
 linear_assignment = torch.ops.croc_kernels.linear_assignment.default
 
-linear_assignment_reference = _define(
+
+def _define_waiting(schema: str, function: str, fake: Callable) -> Callable:
+    """An op whose one implementation waits for the device, which graph capture has to know."""
+    name = schema.split("(", 1)[0]
+    _LIB.define(schema, tags=(torch.Tag.cudagraph_unsafe,))
+    module, attribute = function.split(":")
+
+    def run(*args: object) -> object:
+        return getattr(importlib.import_module(module, __package__), attribute)(*args)
+
+    for key in ("CPU", "CUDA"):
+        _LIB.impl(name, run, key)
+    torch.library.register_fake(f"croc_kernels::{name}", fake, lib=_LIB)
+    return getattr(torch.ops.croc_kernels, name).default
+
+
+linear_assignment_reference = _define_waiting(
     "linear_assignment_reference" + _ASSIGNMENT,
-    triton=".assignment.reference:linear_assignment",
-    cpu=".assignment.reference:linear_assignment",
-    fake=_linear_assignment_fake,
+    ".assignment.reference:linear_assignment",
+    _linear_assignment_fake,
 )
-# A copy of index, or an error that names the first unsolved problem: waits for the device.
-linear_assignment_checked = _define(
+# A copy of index, or an error that names the first unsolved problem.
+linear_assignment_checked = _define_waiting(
     "linear_assignment_checked(Tensor index, Tensor status, Tensor cost, Tensor? num_rows, "
     "bool maximize, str function) -> Tensor",
-    triton=".assignment.failures:checked_index",
-    cpu=".assignment.failures:checked_index",
-    fake=lambda index, status, cost, num_rows, maximize, function: torch.empty_like(index),
+    ".assignment.failures:checked_index",
+    lambda index, status, cost, num_rows, maximize, function: torch.empty_like(index),
 )
 
 

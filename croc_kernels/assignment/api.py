@@ -52,6 +52,8 @@ class LinearAssignment(NamedTuple):
 def _choose(function: str, backend: str, cost: Tensor) -> str:
     """``"native"`` or ``"reference"``; RuntimeError if the compiled solver is needed, missing."""
     check_choice(function, "backend", backend, BACKENDS)
+    if cost.device.type not in ("cpu", "cuda", "meta"):
+        raise RuntimeError(f"{function}: cost must be on cpu or cuda, got {cost.device}")
     if backend == "reference":
         return backend
     missing = ops.ASSIGNMENT_MISSING.get(cost.device.type)
