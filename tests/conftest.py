@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import torch
 
+from croc_kernels import _versions
+
 THREADS = min(2, os.cpu_count() or 1)
 NO_GPU = "needs a CUDA device; torch.cuda.is_available() is False"
 
@@ -20,12 +23,25 @@ def pytest_configure() -> None:
     torch.set_num_threads(THREADS)
 
 
+def interpreter_fault() -> str | None:
+    """Why Triton's interpreter can't run here, or None: triton-lang/triton#9171, fixed in 3.7."""
+    try:
+        triton, numpy = (_versions.parse(version(name)) for name in ("triton", "numpy"))
+    except PackageNotFoundError as missing:
+        return f"needs {missing.name}, which is not installed"
+    if triton < (3, 7) and numpy >= (2, 4):
+        return f"the interpreter of triton < 3.7 breaks with numpy >= 2.4, got {triton}, {numpy}"
+    return None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    """Skip GPU tests, and tests called ``*in_the_interpreter*``, where they can't run."""
+    fault, has_gpu = interpreter_fault(), torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not has_gpu:
             item.add_marker(pytest.mark.skip(reason=NO_GPU))
+        if fault is not None and "in_the_interpreter" in item.name:
+            item.add_marker(pytest.mark.skip(reason=fault))
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
