@@ -16,10 +16,12 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from ..integrations import transformers as integration
 from ..layer import CrocLayer
-from .checkpoints import clean, find_resume
+from .checkpoints import clean, find_resume, step_of
 from .data import Collator, LlavaDataset
 from .options import OptionError, StageArguments
 from .pictures import plot_losses
@@ -116,9 +118,9 @@ def load_model(stage: StageArguments, seed: int) -> tuple[PreTrainedModel, CrocL
             )
         model = integration.from_pretrained(stage.model, dtype=stage.model_dtype)
         return model, model.croc
-    # Before the model: a layer that is attached draws its pool.
-    set_seed(seed)
     model = AutoModelForImageTextToText.from_pretrained(stage.model, dtype=stage.model_dtype)
+    # After loading, which draws a varying amount of random numbers: the pool is drawn now.
+    set_seed(seed)
     layer = integration.attach(
         model,
         stage.recipe,
@@ -186,7 +188,11 @@ def train(stage: Stage) -> None:
     trainer = stage.trainer
     if stage.resume is not None:
         logger.info("going on from %s", stage.resume)
-    trainer.train(resume_from_checkpoint=str(stage.resume) if stage.resume else None)
+    if stage.resume is not None and step_of(stage.resume) == trainer.args.max_steps:
+        # Trainer would train one step too many.
+        trainer.state = TrainerState.load_from_json(str(stage.resume / TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=str(stage.resume) if stage.resume else None)
     output = Path(trainer.args.output_dir)
     trainer.save_final(output / FINAL)
     for note in gather_object(list(trainer.report.notes.values())):
