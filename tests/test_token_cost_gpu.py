@@ -138,13 +138,11 @@ def test_token_cost_to_loss_on_a_gpu_never_waits_and_repeats_in_a_graph(
             assert torch.equal(one, three)
 
 
-@pytest.mark.parametrize(
-    "name", ["token_cost", "nearest_token", "replace_tokens", "reconstruction_loss"]
-)
-def test_token_cost_and_others_on_a_gpu_compile_by_inductor(name: str) -> None:
+def test_token_cost_and_others_on_a_gpu_compile_by_inductor() -> None:
     code = COMPILE.replace("import torch\n", "import torch\n\ntorch.set_default_device('cuda')\n")
-    command = [sys.executable, "-c", code, name, "inductor"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, "inductor"], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
