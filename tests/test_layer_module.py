@@ -18,6 +18,7 @@ import croc_kernels as ck
 from croc_kernels.heads import BertHead
 from croc_kernels.normalization import l2_normalize
 from croc_kernels.packing import as_kernel_arguments, device_integers, padding
+from croc_kernels.testing import assert_within_budget
 
 RECIPES = ("croc", "croc-released", "victor")
 LENGTHS = (12, 5)
@@ -142,6 +143,21 @@ def test_normalisation_of_bfloat16_has_float32_norms() -> None:
     assert ((y.double() - exact).abs() <= limit * exact.abs()).all()
     published = F.normalize(x, dim=1).double()
     assert ((published - exact).abs() > limit * exact.abs()).any()
+
+
+def test_normalisation_gradient_in_bfloat16_beats_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(16, 512, generator=generator).bfloat16() for _ in range(2))
+
+    def gradient(function, dtype: torch.dtype) -> Tensor:
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        function(leaf).backward(grad.to(dtype))
+        return leaf.grad
+
+    exact = gradient(lambda y: F.normalize(y, dim=1), torch.float64)
+    plain = gradient(lambda y: F.normalize(y, dim=1), torch.bfloat16)
+    own = gradient(l2_normalize, torch.bfloat16)
+    assert_within_budget(own, exact, plain, torch.bfloat16, "normalisation gradient")
 
 
 # --- packed images -------------------------------------------------------------------------------
