@@ -181,7 +181,7 @@ def test_generation_matches_eager(case, cache):
         options["cache_implementation"] = "static"
     try:
         expected = model.generate(**inputs, **options)
-    except (AttributeError, ValueError, TypeError) as error:
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         pytest.skip(f"eager itself fails with a {cache} cache: {error}")
     model.set_attn_implementation("croc")
     assert torch.equal(model.generate(**inputs, **options), expected)
@@ -223,6 +223,8 @@ def test_fullgraph_compile(name):
         ids = torch.randint(3, 90, (2, 9))
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     else:
+        if transformers.__version__.startswith("4."):
+            pytest.skip("transformers 4.57 itself asks the device how many image tokens there are")
         case = zoo.CASES[name]
         model = case.model()
         inputs = zoo.batch(case, model)

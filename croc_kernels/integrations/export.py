@@ -15,7 +15,7 @@ _FILE = "modeling_normalized.py"
 
 # Normalisation is no weight, so no stock class can hold it: this code goes along with the
 # checkpoint.
-_CODE = '''"""{root} with L2-normalised image features, as it was trained. Needs transformers only."""
+_CODE = '''"""{root} with L2-normalised image features, as it was trained."""
 
 import functools
 
