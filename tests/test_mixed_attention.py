@@ -27,13 +27,12 @@ def run(mask, **options):
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_attention_is_within_budget_for_every_mask(name, dtype):
-    mask = MASKS[name](2, 150, "cpu")
+def test_mixed_attention_is_within_budget_for_every_mask(name):
+    mask, dtype = MASKS[name](2, 100, "cpu"), torch.float32
     check(run(mask), *inputs(mask, 4, 2, 16, dtype), mask, 0.25)
 
 
-@pytest.mark.parametrize("length", [1, 2, 15, 17, 64, 127, 128, 129, 257])
+@pytest.mark.parametrize("length", [1, 2, 15, 31, 33, 64, 193])
 def test_mixed_attention_is_within_budget_for_every_length(length):
     batch = 1 + 64 // length  # a maximum over a few rows would be a matter of luck
     mask = MASKS["visual"](batch, length, "cpu")
@@ -70,10 +69,9 @@ def test_mixed_attention_hard_numbers(kind):
     check(run(mask, scale=1.0), q, k, v, mask, 1.0)
 
 
-@pytest.mark.parametrize("name", ["left", "right", "cache-holes"])
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize(("name", "softcap"), [("left", 0.0), ("cache-holes", 3.0)])
 def test_mixed_attention_reference_passes_gradcheck(name, softcap):
-    mask = MASKS[name](2, 6, "cpu")
+    mask = MASKS[name](2, 4, "cpu")
     dense = mask.to_dense()
     q, k, v = inputs(mask, 2, 1, 2, torch.float64)
 
@@ -98,7 +96,7 @@ def test_mixed_attention_recovers_the_mask_bit_for_bit(name, backend):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", ["left", "right", "holes", "cache-holes", "until"])
 def test_mixed_attention_nan_in_unseen_places_reaches_nothing(name, backend):
-    mask = MASKS[name](2, 150, "cpu")
+    mask = MASKS[name](2, 90, "cpu")
     dense = mask.to_dense()
     q, k, v = inputs(mask, 2, 2, 16, torch.float32)
     clean = gradients(run(mask, backend=backend), q, k, v, torch.float32)
@@ -150,7 +148,8 @@ def test_mixed_attention_decoding_equals_training():
 )
 def test_mixed_attention_gradient_of_some_inputs(wanted):
     mask = MASKS["visual"](1, 30, "cpu")
-    leaves = [x.detach().requires_grad_(w) for x, w in zip(inputs(mask, 2, 2, 16, torch.float64), wanted, strict=True)]  # fmt: skip
+    tensors = inputs(mask, 2, 2, 16, torch.float64)
+    leaves = [x.detach().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
     everything = [x.detach().requires_grad_() for x in leaves]
     mixed_attention(*leaves, mask).sum().backward()
     mixed_attention(*everything, mask).sum().backward()
@@ -239,8 +238,7 @@ def test_mixed_attention_follows_autocast():
     assert q.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["visual", "holes"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), [("visual", torch.float32), ("holes", torch.bfloat16)])
 def test_mixed_attention_ops_pass_opcheck(name, dtype):
     mask = MASKS[name](2, 20, "cpu")
     q, k, v = (x.detach() for x in inputs(mask, 4, 2, 16, dtype))
@@ -251,11 +249,11 @@ def test_mixed_attention_ops_pass_opcheck(name, dtype):
         torch.ops.croc_kernels.mixed_attention_fwd.default,
         (q, k, v, *rows, mask.visible_until, 0.25, 0.0),
     )
-    for grad_lse in (None, torch.randn_like(lse)):
-        torch.library.opcheck(
-            torch.ops.croc_kernels.mixed_attention_bwd.default,
-            (torch.randn_like(out), grad_lse, q, k, v, out, lse, *rows, *columns, 0.25, 2.0, True),
-        )
+    grad_lse = None if name == "visual" else torch.randn_like(lse)
+    torch.library.opcheck(
+        torch.ops.croc_kernels.mixed_attention_bwd.default,
+        (torch.randn_like(out), grad_lse, q, k, v, out, lse, *rows, *columns, 0.25, 2.0, True),
+    )
 
 
 COMPILED = """
@@ -329,7 +327,8 @@ ERRORS = [
      "mixed_attention: q must have dtype float16, bfloat16, float32, float64, got int32"),
     ((Q, K.double(), K, MASK), {}, TypeError,
      "mixed_attention: k must have the dtype of q, float32, got float64"),
-    ((Q[0], K, K, MASK), {}, ValueError, "mixed_attention: q must be (B, H, Lq, D), got (4, 6, 16)"),
+    ((Q[0], K, K, MASK), {}, ValueError,
+     "mixed_attention: q must be (B, H, Lq, D), got (4, 6, 16)"),
     ((Q, K, K[..., :8], MASK), {}, ValueError,
      "mixed_attention: v must be (B, Hkv, Lk, D) = (2, 2, 6, 16), got (2, 2, 6, 8)"),
     ((Q, K[:1], K[:1], MASK), {}, ValueError,

@@ -26,16 +26,22 @@ def run(mask, **options):
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_kernels_every_mask(name, deterministic):
-    mask = MASKS[name](2, 71, "cpu")
+def test_kernels_every_mask(name):
+    mask = MASKS[name](2, 45, "cpu")
     q, k, v = inputs(mask, 2, 1, 16, torch.float32)
-    check(run(mask, deterministic=deterministic), q, k, v, mask, 0.25)
+    check(run(mask, deterministic=True), q, k, v, mask, 0.25)
+
+
+@pytest.mark.parametrize("name", ["visual", "packed", "window-old", "until"])
+def test_kernels_with_atomic_sums(name):
+    mask = MASKS[name](1, 71, "cpu")
+    q, k, v = inputs(mask, 2, 1, 16, torch.float32)
+    check(run(mask, deterministic=False), q, k, v, mask, 0.25)
 
 
 @pytest.mark.parametrize("dim", config.HEAD_DIMS)
 def test_kernels_every_head_dimension(dim):
-    mask = MASKS["visual"](1, 45, "cpu")
+    mask = MASKS["visual"](1, 40, "cpu")
     q, k, v = inputs(mask, 1, 1, dim, torch.float16)
     check(run(mask, deterministic=dim > 80), q, k, v, mask, 1 / math.sqrt(dim))
 
@@ -46,8 +52,7 @@ def test_kernels_every_length(length):
     check(run(mask), *inputs(mask, 1, 1, 16, torch.float16), mask, 0.25)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("dim", [16, 80])
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float16, 80), (torch.float32, 16)])
 def test_kernels_soft_cap(dtype, dim):
     mask = MASKS["left"](2, 40, "cpu")
     q, k, v = inputs(mask, 2, 2, dim, dtype)
@@ -56,7 +61,7 @@ def test_kernels_soft_cap(dtype, dim):
 
 @pytest.mark.parametrize("group", [3, 4])
 def test_kernels_shared_key_heads(group):
-    mask = MASKS["cache"](2, 70, "cpu")
+    mask = MASKS["cache"](1, 70, "cpu")
     check(run(mask), *inputs(mask, 2 * group, 2, 16, torch.float16), mask, 0.25)
 
 
@@ -65,7 +70,7 @@ def test_kernels_three_loops(name, monkeypatch):
     monkeypatch.setattr(
         config, "pick_forward", lambda *_: config.ForwardConfig(32, 32, 4, 1, one_loop=False)
     )
-    mask = MASKS[name](1, 131, "cpu")
+    mask = MASKS[name](1, 100, "cpu")
     check(run(mask), *inputs(mask, 1, 1, 16, torch.float32), mask, 0.25)
 
 
@@ -93,10 +98,13 @@ def test_kernels_recover_the_mask_bit_for_bit(name):
     assert torch.equal(out > 0, mask.to_dense())
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("name", ["left", "right", "holes", "cache-holes", "until"])
+@pytest.mark.parametrize(
+    ("name", "deterministic"),
+    [("left", True), ("right", True), ("holes", True), ("cache-holes", True), ("until", True),
+     ("right", False), ("holes", False)],
+)  # fmt: skip
 def test_kernels_nan_in_unseen_places_reaches_nothing(name, deterministic):
-    mask = MASKS[name](2, 70, "cpu")
+    mask = MASKS[name](2, 40, "cpu")
     dense = mask.to_dense()
     q, k, v = inputs(mask, 1, 1, 16, torch.float32)
     clean = gradients(run(mask, deterministic=deterministic), q, k, v, torch.float32)

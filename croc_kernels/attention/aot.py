@@ -41,12 +41,14 @@ def forward_case(
     constants = _shape_constants(dim, softcap, until, group, precision) | picked.constants()
     signature = {
         "q_ptr": pointer, "k_ptr": pointer, "v_ptr": pointer, "out_ptr": pointer,
-        "lse_ptr": "*fp32", "bounds": ("*i32",) * 3, "strides": ("i32",) * 12, "inner": "fp32", "outer": "fp32",
+        "lse_ptr": "*fp32", "bounds": ("*i32",) * 3, "strides": ("i32",) * 12,
+        "inner": "fp32", "outer": "fp32",
         "num_queries": "i32", "num_keys": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = _aligned(
         fn,
-        {"q_ptr": 0, "k_ptr": 0, "v_ptr": 0, "out_ptr": 0, "lse_ptr": 0, "bounds": 3, "strides": 12},
+        dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "lse_ptr"), 0)
+        | {"bounds": 3, "strides": 12},
     )  # fmt: skip
     name = f"mixed_attention_fwd-D{dim}-{pointer[1:]}"
     name += "-softcap" * softcap + "-until" * until + "-tf32" * (precision == "tf32")

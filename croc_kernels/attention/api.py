@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backend as backends
 from .. import checks, ops
 from . import reference
-from .config import HEAD_DIMS
+from .config import HEAD_DIMS, LN_2
 from .mask import MixedMask
 
 _NAME = "mixed_attention"
@@ -161,4 +161,7 @@ def mixed_attention(
             q, k, v, mask.start, mask.end, mask.row_start, mask.row_end, mask.visible_until,
             scale, softcap, deterministic,
         )  # fmt: skip
+        # The ops keep it to base 2, as the kernels exponentiate: a change of base in between would
+        # round away what large logits need.
+        lse = lse * LN_2 if return_lse else lse
     return (out, lse) if return_lse else out

@@ -18,7 +18,10 @@ def _delta_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M rows of sum(out * grad_out) - grad_lse per program; grid = (tiles * B * H,)."""
+    """BLOCK_M rows of delta, sum(out * grad_out) - grad_lse * log2(e); grid = (tiles * B * H,).
+
+    The log-sum-exp is to base 2, so its derivative in the natural scores carries a log2(e).
+    """
     o_b, o_h, o_l, g_b, g_h, g_l, l_b, l_h, l_l = strides
     tiles = tl.cdiv(num_queries, BLOCK_M)
     row = tl.program_id(0) % tiles * BLOCK_M
@@ -35,7 +38,7 @@ def _delta_kernel(
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     if HAS_GRAD_LSE:
         pointers = grad_lse_ptr + batch * l_b + head * l_h + first * l_l + offs * l_l
-        delta -= tl.load(pointers, mask=inside, other=0.0)
+        delta -= tl.load(pointers, mask=inside, other=0.0) * _LOG2_E
     tl.store(delta_ptr + tl.cast(plane, tl.int64) * num_queries + rows, delta, mask=inside)
 
 
@@ -52,11 +55,11 @@ def _score_gradient(scores, grad_weights, lse, delta, outer, HAS_SOFTCAP: tl.con
 
 @triton.jit
 def _row_statistics(lse_base, delta_base, rows, keep):
-    """Base-2 log-sum-exp and delta of some rows; both 0 for a row that sees nothing."""
+    """Log-sum-exp and delta of some rows; both 0 for a row that sees nothing."""
     lse = tl.load(lse_base + rows, mask=keep, other=0.0)
     delta = tl.load(delta_base + rows, mask=keep, other=0.0)
     sees = lse > float("-inf")
-    return tl.where(sees, lse * _LOG2_E, 0.0), tl.where(sees, delta, 0.0), sees
+    return tl.where(sees, lse, 0.0), tl.where(sees, delta, 0.0), sees
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..backend import interpreted
 
 LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
 
 # Each is a power of two, or the sum of two.
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 192, 256)

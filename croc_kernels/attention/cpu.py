@@ -7,6 +7,8 @@ Values of the mask are read freely here: on a CPU that waits for nothing.
 import torch
 from torch import Tensor
 
+from .config import LOG2_E
+
 
 def _precision(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -15,8 +17,8 @@ def _precision(x: Tensor) -> torch.dtype:
 def _rows_per_block(length: int, group: int) -> int:
     """Large enough for the matrix products, small enough that sums over rows stay accurate.
 
-    Scores of (H, rows, L) should stay in cache; and gradients of keys are sums over ``group * rows``
-    float32 terms per block, whose error grows with their number.
+    Scores of (H, rows, L) should stay in cache; and gradients of keys are sums over
+    ``group * rows`` float32 terms per block, whose error grows with their number.
     """
     total = 32 if length < 192 else 64 if length < 768 else 128
     return max(32, total // group)
@@ -87,7 +89,7 @@ def mixed_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Op ``mixed_attention_fwd``: (B, H, Lq, D) output and (B, H, Lq) log-sum-exp."""
+    """Op ``mixed_attention_fwd``: (B, H, Lq, D) output, (B, H, Lq) base-2 log-sum-exp."""
     out = _heads_last(q, q.shape[2], q.dtype)
     lse = torch.full(q.shape[:3], float("-inf"), dtype=_precision(q))
     heads = k.shape[1]
@@ -103,7 +105,7 @@ def mixed_attention_fwd(
         sees = visible.any(-1)[:, None, None, :, None]
         result = product.view(*weights.shape[:4], -1) / total
         out[:, :, row:past] = torch.where(sees, result, 0).flatten(1, 2)
-        block_lse = torch.where(sees, top + total.log(), float("-inf"))
+        block_lse = torch.where(sees, (top + total.log()) * LOG2_E, float("-inf"))
         lse[:, :, row:past] = block_lse.flatten(1, 2)[..., 0]
     return out, lse
 
@@ -142,7 +144,7 @@ def mixed_attention_bwd(
         grad_s = grad_s.sub_(delta)
         if grad_lse is not None:
             grad_rows = torch.where(sees[..., 0], grad_lse[:, :, row:past], 0)
-            grad_s = grad_s.add_(grad_rows.to(precision).reshape(delta.shape))
+            grad_s = grad_s.add_(grad_rows.to(precision).reshape(delta.shape), alpha=LOG2_E)
         grad_s = grad_s.mul_(weights)
         if derivative is not None:
             grad_s = grad_s.mul_(derivative)

@@ -6,9 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
-from .tiles import LN_2, bounded, hide, load_tile, products, store_tile, tile_range
-
-_LN_2: tl.constexpr = tl.constexpr(LN_2)
+from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
 
 
 @triton.jit
@@ -116,7 +114,7 @@ def _mixed_attention_fwd_kernel(
     store_tile(out_base, row, offs, cols1, o_l, inside, acc1 * share[:, None])
     if D2 > 0:
         store_tile(out_base, row, offs, cols2, o_l, inside, acc2 * share[:, None])
-    lse = (top + tl.log2(total)) * _LN_2
+    lse = top + tl.log2(total)
     tl.store(lse_ptr + tl.cast(plane, tl.int64) * num_queries + rows, lse, mask=inside)
 
 
@@ -124,7 +122,7 @@ def mixed_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Op ``mixed_attention_fwd`` on CUDA: (B, H, Lq, D) output, (B, H, Lq) float32 log-sum-exp."""
+    """Op ``mixed_attention_fwd`` on CUDA: (B, H, Lq, D) output, (B, H, Lq) base-2 log-sum-exp."""
     batch, heads, length, dim = q.shape
     out = torch.empty((batch, length, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-LN_2 = 0.6931471805599453
-
 
 @triton.jit
 def tile_range(low, high, full_low, full_high, BLOCK: tl.constexpr):
