@@ -42,20 +42,24 @@ float median(std::vector<float> values) {
 
 // The step of the path search, alone: the first n columns are matched, the others forbidden, so that a search scans
 // all n rows and gives up.
-__global__ void __launch_bounds__(kPathThreads, 1) scan_all_rows(Arguments a, int* steps) {
+template <int kGroups, int kThreads>
+__global__ void __launch_bounds__(kThreads, 1) scan_all_rows(Arguments a, int* steps) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<float> p(a);
   State s;
-  s.carve(shared, a.max_n(), a.max_m(), false);
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.v[j] = 0.0, s.row_of[j] = j < p.n - 1 ? j : -1;
+  s.carve_for_paths(shared, a.max_n(), a.max_m(), false);
+  for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) s.v[j] = 0.0;
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.row_of[j] = j < p.n - 1 ? j : -1;
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.u[i] = 0.0, s.twin[i] = i;
   __syncthreads();
-  Reached<1> reached;
+  Reached<kGroups> reached;
   const PathEnd end = shortest_path<float>(p.costs, s, reached, p.n - 1);
   if (threadIdx.x == 0) steps[blockIdx.x] = end.steps;
 }
 
+template <int kGroups, int kThreads>
 void measure_scan(int batch, int n, int m) {
+  const auto kernel = scan_all_rows<kGroups, kThreads>;
   std::vector<float> cost(static_cast<size_t>(batch) * n * m);
   std::mt19937 random(1);
   std::uniform_real_distribution<float> uniform;
@@ -70,14 +74,15 @@ void measure_scan(int batch, int n, int m) {
   float* device_cost = on_device(cost);
   a.cost = device_cost;
   int* steps = on_device(std::vector<int>(batch));
-  CHECK(cudaFuncSetAttribute(scan_all_rows, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared)));
+  CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(plan.path_shared)));
   cudaEvent_t begin, end;
   CHECK(cudaEventCreate(&begin));
   CHECK(cudaEventCreate(&end));
   std::vector<float> times;
   for (int run = 0; run < kWarmups + kRuns; ++run) {
     CHECK(cudaEventRecord(begin));
-    scan_all_rows<<<batch, plan.threads, plan.shared>>>(a, steps);
+    kernel<<<batch, kThreads, plan.path_shared>>>(a, steps);
     CHECK(cudaGetLastError());
     CHECK(cudaEventRecord(end));
     CHECK(cudaEventSynchronize(end));
@@ -87,8 +92,9 @@ void measure_scan(int batch, int n, int m) {
   }
   int taken = 0;
   CHECK(cudaMemcpy(&taken, steps, sizeof taken, cudaMemcpyDeviceToHost));
-  std::printf("{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"steps\": %d, \"us_per_scan\": %.4f}\n", batch, n, m,
-              taken, 1e3f * median(times) / taken);
+  std::printf("{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"threads\": %d, \"steps\": %d, "
+              "\"us_per_scan\": %.4f}\n",
+              batch, n, m, kThreads, taken, 1e3f * median(times) / taken);
   CHECK(cudaFree(workspace));
   CHECK(cudaFree(device_cost));
   CHECK(cudaFree(steps));
@@ -112,8 +118,8 @@ struct TimedLauncher {
 // The order of solve(): write it here again, so that a change there shows as a wrong number of launches.
 const char* const kNames[] = {"prepare", "column_means", "start_from_means", "compare_rows", "choose_start",
                               "sinkhorn_rows", "sinkhorn_columns", "sinkhorn_rows", "sinkhorn_columns",
-                              "start_from_sinkhorn", "nearest_columns", "find_twins", "match_rows", "raise_columns",
-                              "release_columns", "measure_slack", "write_results"};
+                              "start_from_sinkhorn", "nearest_columns", "find_twins", "bid_rows", "match_rows",
+                              "raise_columns", "release_columns", "measure_slack", "write_results"};
 constexpr size_t kLaunches = sizeof kNames / sizeof *kNames;
 
 // Column offsets and small noise as at the start of training, or uniform costs.
@@ -160,7 +166,7 @@ void measure_solve(const std::string& family, int batch, int n, int m) {
   int most[kCounters] = {};
   for (int b = 0; b < batch; ++b) {
     Workspace w;
-    w.carve(workspace.data() + b * a.workspace_stride, a.max_n(), a.max_m(), a.large);
+    w.carve(workspace.data() + b * a.workspace_stride, a.max_n(), a.max_m(), a.state_bytes);
     for (int c = 0; c < kCounters; ++c) most[c] = std::max(most[c], w.scalars->counters[c]);
   }
   std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g, \"most_rounds\": %d, "
@@ -181,7 +187,11 @@ void measure_solve(const std::string& family, int batch, int n, int m) {
 }  // namespace
 
 int main() {
-  for (int batch : {1, 4, 32, 128}) measure_scan(batch, 432, 2048);
+  for (int batch : {1, 4, 32, 128}) {
+    measure_scan<1, 512>(batch, 432, 2048);
+    measure_scan<2, 256>(batch, 432, 2048);
+    measure_scan<4, 128>(batch, 432, 2048);
+  }
   for (int batch : {4, 32, 128})
     for (const char* family : {"init", "uniform"}) measure_solve(family, batch, 432, 2048);
   measure_solve("init", 4, 2016, 2048);

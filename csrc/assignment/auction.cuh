@@ -7,6 +7,7 @@
 
 namespace croc::gpu {
 
+constexpr int kBidThreads = 512;
 constexpr int kEnoughFree = 8;         // one row less costs bidding more than a path of its own
 constexpr int kFirstRounds = 40;       // before the auction is considered
 constexpr int kMoreRounds = 160;       // where it is not needed
@@ -136,6 +137,25 @@ __device__ int bid_all(const Costs<T>& costs, const State& s, const Scalars& sca
     }
   }
   return bid(costs, s, 0.0, kMoreRounds, kEnoughFree, counters);
+}
+
+// Grid (batch).
+template <class T, bool kShared>
+__global__ void __launch_bounds__(kBidThreads, 1) bid_rows(Arguments a) {
+  CROC_DYNAMIC_SHARED(shared);
+  const Problem<T> p(a);
+  if (p.failed() || p.n == 0) return;
+  State s;
+  s.carve_for_bidding(kShared ? shared : p.work.state, a.max_n(), a.max_m());
+  load_state(p, s);
+  match_nearest(s, p.n, p.m);
+  int counters[kCounters] = {};
+  const int num_free = bid_all(p.costs, s, p.scalars(), counters);
+  settle_rows(p.costs, s, num_free);
+  store_state(p, s);
+  if (threadIdx.x != 0) return;
+  counters[kFreeRows] = num_free;
+  for (int c = 0; c < kCounters; ++c) p.scalars().counters[c] = counters[c];
 }
 
 }  // namespace croc::gpu

@@ -18,31 +18,28 @@ template <class T>
 __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
   constexpr unsigned kMatched = 1u << 31;
   const int turn = rotation(row, costs.m);
+  const auto key_of = [&](int column) {
+    return rotated(column, turn, costs.m) | (s.row_of[column] >= 0 ? kMatched : 0u);
+  };
   double least = infinity(), second = infinity();
-  unsigned key = ~0u;
+  int column = -1;
   for_row(costs, row, [&](int first, const double(&x)[4]) {
+    double v[4];
+    four(s.v, first, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const int j = first + k;
-      if (j >= costs.m) continue;
-      const double reduced = x[k] - s.v[j];
-      if (reduced > least) {
-        second = fmin(second, reduced);
-        continue;
-      }
-      const unsigned mine = rotated(j, turn, costs.m) | (s.row_of[j] >= 0 ? kMatched : 0u);
-      if (reduced < least || mine < key) {
-        second = least;
-        least = reduced;
-        key = mine;
-      } else {
-        second = reduced;
-      }
+      const double reduced = x[k] - v[k];
+      bool nearer = reduced < least;
+      if (reduced == least && column >= 0 && is_finite(reduced)) nearer = key_of(first + k) < key_of(column);
+      second = nearer ? least : lesser(second, reduced);
+      least = nearer ? reduced : least;
+      column = nearer ? first + k : column;
     }
   });
+  const unsigned key = column >= 0 ? key_of(column) : ~0u;
   const Least found = warp_least({ordered(least), key});
-  const bool winner = found.value == ordered(least) && found.key == key;
-  const uint64_t runner_up = warp_min(ordered(winner ? second : least));
+  const uint64_t runner_up = warp_min(ordered(found.key == key ? second : least));
+  if (found.key == ~0u) return {infinity(), infinity(), -1};
   return {from_ordered(found.value), from_ordered(runner_up),
           unrotated(found.key & ~kMatched, turn, costs.m)};
 }
@@ -56,7 +53,7 @@ __device__ bool place_bids(const Costs<T>& costs, const State& s, int num_free, 
     const int row = s.list[k];
     const Bid bid = find_bid(costs, s, row);
     if (lane_id() != 0) continue;
-    const bool taken = s.row_of[bid.column] >= 0;
+    const bool taken = bid.column >= 0 && s.row_of[bid.column] >= 0;
     // The only column a row may have: any price is right, so none is made up.
     double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
     if (!is_finite(bid.least) || (taken && !(step > 0.0))) {

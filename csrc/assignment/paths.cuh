@@ -6,20 +6,24 @@
 
 namespace croc::gpu {
 
-constexpr int kPathThreads = 512;
+// Fewer threads with more columns each: a step's fixed cost in instructions is a multiple of its cost per column.
+constexpr int kPathThreads = 256;
+constexpr int kWorkspacePathThreads = 512;
+
+template <int kGroups>
+constexpr int kMostPathThreads = kGroups > 0 ? kPathThreads : kWorkspacePathThreads;
 
 // Where the search keeps its distances. With kGroups > 0 every thread owns 4 * kGroups nodes, in registers; with 0
-// they are in the workspace, whatever their number.
+// they are in the workspace, whatever their number. Predecessors are always in s.path: they are written, not read.
 template <int kGroups>
 struct Reached {
   static constexpr int kSlots = 4 * kGroups;
   double distance[kSlots];
-  int before[kSlots];
   unsigned tree, taken;  // a bit per slot
 
   __device__ void clear(const State&, int) {
 #pragma unroll
-    for (int k = 0; k < kSlots; ++k) distance[k] = infinity(), before[k] = -1;
+    for (int k = 0; k < kSlots; ++k) distance[k] = infinity();
     tree = taken = 0;
   }
   // Which columns are matched does not change during a search.
@@ -27,15 +31,16 @@ struct Reached {
     if (s.row_of[column] >= 0) taken |= 1u << slot;
   }
   __device__ bool matched(const State&, int slot, int) const { return taken >> slot & 1u; }
-  __device__ double get(const State&, int slot, int) const { return distance[slot]; }
-  __device__ void set(const State&, int slot, int, double x, int from) {
-    distance[slot] = x;
-    before[slot] = from;
-  }
   __device__ bool in_tree(const State&, int slot, int) const { return tree >> slot & 1u; }
-  __device__ void enter(const State& s, int slot, int node) {
-    tree |= 1u << slot;
-    s.path[node] = before[slot];
+  __device__ void enter(const State&, int slot, int) { tree |= 1u << slot; }
+  __device__ double get(const State&, int slot, int) const { return distance[slot]; }
+  __device__ double open(const State&, int slot, int) const {
+    return tree >> slot & 1u ? infinity() : distance[slot];
+  }
+  __device__ void improve(const State& s, int slot, int node, double x, int from) {
+    if (!(x < distance[slot]) || (tree >> slot & 1u)) return;
+    distance[slot] = x;
+    s.path[node] = from;
   }
 };
 
@@ -47,13 +52,17 @@ struct Reached<0> {
   }
   __device__ void note_matched(const State&, int, int) {}
   __device__ bool matched(const State& s, int, int column) const { return s.row_of[column] >= 0; }
+  __device__ bool in_tree(const State& s, int, int node) const { return s.tree[node] != 0; }
+  __device__ void enter(const State& s, int, int node) { s.tree[node] = 1; }
   __device__ double get(const State& s, int, int node) const { return s.reach[node]; }
-  __device__ void set(const State& s, int, int node, double x, int from) {
+  __device__ double open(const State& s, int, int node) const {
+    return s.tree[node] != 0 ? infinity() : s.reach[node];
+  }
+  __device__ void improve(const State& s, int, int node, double x, int from) {
+    if (!(x < s.reach[node]) || s.tree[node] != 0) return;
     s.reach[node] = x;
     s.path[node] = from;
   }
-  __device__ bool in_tree(const State& s, int, int node) const { return s.tree[node] != 0; }
-  __device__ void enter(const State& s, int, int node) { s.tree[node] = 1; }
 };
 
 // Visits the columns of this thread: visit(slot, first of four columns).
@@ -90,6 +99,26 @@ struct PathEnd {
   int steps;
 };
 
+// Columns as near as the row just scanned, whose own row has the same costs, join the tree at once: scanning that row
+// would reach nothing new. Returns whether there were any among these four.
+template <int kGroups>
+__device__ bool absorb_twins(const State& s, Reached<kGroups>& reached, int slot, int first, int m, double distance,
+                             double base, int twin) {
+  bool any = false;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int j = first + k;
+    if (j >= m || !reached.matched(s, slot + k, j)) continue;
+    const double now = reached.open(s, slot + k, j);
+    if (!(now <= distance)) continue;
+    const int owner = s.row_of[j];
+    if (s.twin[owner] != twin || !(now - s.u[owner] >= base)) continue;
+    reached.enter(s, slot + k, j);
+    any = true;
+  }
+  return any;
+}
+
 template <class T, int kGroups>
 __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<kGroups>& reached,
                                  int source) {
@@ -100,7 +129,7 @@ __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<
     for (int k = 0; k < 4; ++k)
       if (first + k < costs.m) reached.note_matched(s, slot + k, first + k);
   });
-  int row = source, taken = -1;
+  int row = source;
   double distance = 0.0;
   for (int step = 0;; ++step) {
     const double base = distance - s.u[row];
@@ -108,33 +137,36 @@ __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<
     double least = infinity();
     unsigned key = ~0u;
     for_own_fours<kGroups>(costs.m, [&](int slot, int first) {
-      double x[4];
+      double x[4], v[4];
       costs.four(row, first, x);
+      four(s.v, first, v);
+      double nearest = infinity();
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const int j = first + k;
-        if (j >= costs.m) continue;
-        if (j == taken) reached.enter(s, slot + k, j);
-        if (reached.in_tree(s, slot + k, j)) continue;
-        const double through = base + (x[k] - s.v[j]);
-        double now = reached.get(s, slot + k, j);
-        if (through < now) reached.set(s, slot + k, j, now = through, row);
-        if (now > least) continue;
-        const bool matched = reached.matched(s, slot + k, j);
-        // As near as this row, and its own row has the same costs: scanning that one would reach nothing new.
-        if (matched && now <= distance && s.twin[s.row_of[j]] == twin && now - s.u[s.row_of[j]] >= base) {
-          reached.enter(s, slot + k, j);
-          continue;
-        }
-        const unsigned mine = static_cast<unsigned>(j) | (matched ? kMatched : 0u);
-        if (now < least || mine < key) least = now, key = mine;
+        // Beyond the last column x is +inf, which improves nothing.
+        reached.improve(s, slot + k, first + k, base + (x[k] - v[k]), row);
+        if (first + k < costs.m) nearest = lesser(nearest, reached.open(s, slot + k, first + k));
+      }
+      if (nearest <= distance && absorb_twins(s, reached, slot, first, costs.m, distance, base, twin))
+        nearest = distance;  // no longer known; at least that
+      if (nearest > least) return;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (first + k >= costs.m) continue;
+        const double now = reached.open(s, slot + k, first + k);
+        const unsigned mine =
+            static_cast<unsigned>(first + k) | (reached.matched(s, slot + k, first + k) ? kMatched : 0u);
+        if (now < least || (now == least && mine < key)) least = now, key = mine;
       }
     });
     const Least next = block_least({ordered(least), key}, step);
     distance = from_ordered(next.value);
     if (!is_finite(distance)) return {-1, 0.0, step + 1};
-    taken = static_cast<int>(next.key & ~kMatched);
+    const int taken = static_cast<int>(next.key & ~kMatched);
     if (!(next.key & kMatched)) return {taken, distance, step + 1};
+    for_own_fours<kGroups>(costs.m, [&](int slot, int first) {
+      if (first == (taken & ~3)) reached.enter(s, slot + (taken & 3), taken);
+    });
     row = s.row_of[taken];
   }
 }
@@ -153,7 +185,6 @@ __device__ void augment(const Costs<T>& costs, const State& s, Reached<kGroups>&
         s.v[j] -= shift;
         s.u[s.row_of[j]] += shift;
       }
-      if (j == end.column) reached.enter(s, slot + k, j);
     }
   });
   __syncthreads();
@@ -171,31 +202,23 @@ __device__ void augment(const Costs<T>& costs, const State& s, Reached<kGroups>&
   __syncthreads();
 }
 
-// Grid (batch): bidding, then one shortest path per row still free.
+// Grid (batch): one shortest path per row that is still free.
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
+__global__ void __launch_bounds__(kMostPathThreads<kGroups>, 1) match_rows(Arguments a) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<T> p(a);
   if (p.failed() || p.n == 0) return;
   State s;
-  s.carve(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.v[j] = p.work.v[j];
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x) {
-    s.u[i] = p.work.u[i];
-    s.column_of[i] = p.work.column_of[i];
-    s.twin[i] = p.work.twin[i];
-  }
-  __syncthreads();
-  match_nearest(s, p.n, p.m);
-  int counters[kCounters] = {};
-  const int num_free = bid_all(p.costs, s, p.scalars(), counters);
-  counters[kFreeRows] = num_free;
-  settle_rows(p.costs, s, num_free);
+  s.carve_for_paths(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.twin[i] = p.work.twin[i];
+  load_state(p, s);
+  const int num_free = block_collect(p.n, s.list, p.n, [&](int i) { return s.column_of[i] < 0; });
   Reached<kGroups> reached;
+  int steps = 0;
   for (int k = 0; k < num_free; ++k) {
     const int source = s.list[k];
     const PathEnd end = shortest_path<T>(p.costs, s, reached, source);
-    counters[kRowScans] += end.steps;
+    steps += end.steps;
     if (end.column < 0) {
       if (threadIdx.x == 0) p.scalars().status = kInfeasible;
       return;
@@ -203,20 +226,12 @@ __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
     augment(p.costs, s, reached, source, end);
   }
   int raised = 0;
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) {
-    p.work.v[j] = s.v[j];
-    p.work.row_of[j] = s.row_of[j];
-    raised |= s.row_of[j] < 0 && s.v[j] < 0.0;
-  }
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x) {
-    p.work.u[i] = s.u[i];
-    p.work.column_of[i] = s.column_of[i];
-  }
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) raised |= s.row_of[j] < 0 && s.v[j] < 0.0;
   raised = __syncthreads_or(raised);
-  if (threadIdx.x == 0) {
-    p.scalars().raised = raised;
-    for (int c = 0; c < kCounters; ++c) p.scalars().counters[c] = counters[c];
-  }
+  store_state(p, s);
+  if (threadIdx.x != 0) return;
+  p.scalars().raised = raised;
+  p.scalars().counters[kRowScans] = steps;
 }
 
 }  // namespace croc::gpu

@@ -50,11 +50,14 @@ struct Arguments {
   int32_t* status;      // (batch,)
   unsigned char* workspace;
   int64_t workspace_stride;  // bytes per problem
-  bool large;                // the sequential phases keep their state in the workspace, not in shared memory
+  int64_t state_bytes;       // of it, for phases whose state does not fit into shared memory
 
   __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }
   __host__ __device__ int max_m() const { return rows < columns ? columns : rows; }
 };
+
+// Length of an array that is read four entries at a time.
+__host__ __device__ inline int padded(int m) { return (m + 3) / 4 * 4; }
 
 // Hands out consecutive arrays of a memory block, or, with a null base, only counts the bytes.
 struct Carver {
@@ -71,42 +74,55 @@ struct Carver {
 
 // State of the sequential phases: in shared memory, or in the workspace if it does not fit.
 struct State {
-  double* v;       // (m) column duals
+  double* v;       // (padded m) column duals, 0 beyond the last column
   double* u;       // (n) row duals
   int* row_of;     // (m) matched row of a column, or -1
   int* column_of;  // (n) matched column of a row, or -1
   int* path;       // (m) predecessor on a shortest path; while bidding: the row that wins a column
-  uint64_t* best;  // (m) while bidding: the best bid for a column
-  int* list;       // (n) the bidders, rows or columns
+  int* list;       // (n) rows or columns at work
+  // Bidding:
+  uint64_t* best;  // (m) the best bid for a column
   double* bid;     // (n) the bid of each in the list
   int* target;     // (n) and what it is for
+  // Paths:
   int* twin;       // (n) the first row with the same costs
-  int* waiting;    // (m) reverse pass: its columns; takes the place of `best`
+  int* waiting;    // (m) columns to release
   double* reach;   // (m) distances, and
   int* tree;       // (m) whether in the tree: only in the workspace, else in registers
 
-  __host__ __device__ int64_t carve(unsigned char* base, int n, int m, bool large) {
+  __host__ __device__ int64_t carve_for_bidding(unsigned char* base, int n, int m) {
     Carver carver{base};
-    v = carver.take<double>(m);
+    carve_matching(carver, n, m);
+    best = carver.take<uint64_t>(m);
+    bid = carver.take<double>(n);
+    target = carver.take<int>(n);
+    return carver.used;
+  }
+
+  __host__ __device__ int64_t carve_for_paths(unsigned char* base, int n, int m, bool in_workspace) {
+    Carver carver{base};
+    carve_matching(carver, n, m);
+    twin = carver.take<int>(n);
+    waiting = carver.take<int>(m);
+    reach = in_workspace ? carver.take<double>(m) : nullptr;
+    tree = in_workspace ? carver.take<int>(m) : nullptr;
+    return carver.used;
+  }
+
+ private:
+  __host__ __device__ void carve_matching(Carver& carver, int n, int m) {
+    v = carver.take<double>(padded(m));
     u = carver.take<double>(n);
     row_of = carver.take<int>(m);
     column_of = carver.take<int>(n);
     path = carver.take<int>(m);
-    best = carver.take<uint64_t>(m);
-    waiting = reinterpret_cast<int*>(best);
-    bid = carver.take<double>(n);
-    target = carver.take<int>(n);
-    twin = carver.take<int>(n);
     list = carver.take<int>(n);
-    reach = large ? carver.take<double>(m) : nullptr;
-    tree = large ? carver.take<int>(m) : nullptr;
-    return carver.used;
   }
 };
 
 struct Workspace {
   Scalars* scalars;
-  double* v;           // (m) column duals
+  double* v;           // (padded m) column duals, 0 beyond the last column
   double* u;           // (n) row duals; row minima
   double* potential;   // (m) column means, then Sinkhorn potentials
   double* row_value;   // (n) row minima under the duals from the means; Sinkhorn potentials; slacks
@@ -119,10 +135,10 @@ struct Workspace {
   int* twin;           // (n) the first row with the same costs
   unsigned char* state;
 
-  __host__ __device__ int64_t carve(unsigned char* base, int n, int m, bool large) {
+  __host__ __device__ int64_t carve(unsigned char* base, int n, int m, int64_t state_bytes) {
     Carver carver{base};
     scalars = carver.take<Scalars>(1);
-    v = carver.take<double>(m);
+    v = carver.take<double>(padded(m));
     u = carver.take<double>(n);
     potential = carver.take<double>(m);
     row_value = carver.take<double>(n);
@@ -133,11 +149,17 @@ struct Workspace {
     column_of = carver.take<int>(n);
     row_hash = carver.take<unsigned>(n);
     twin = carver.take<int>(n);
-    State s;
-    state = carver.take<unsigned char>(large ? s.carve(nullptr, n, m, true) : 0);
+    state = carver.take<unsigned char>(state_bytes);
     return carver.used;
   }
 };
+
+// Entries first..first+3 of an array of padded length.
+__device__ inline void four(const double* values, int first, double (&out)[4]) {
+  const double2 x = *reinterpret_cast<const double2*>(values + first);
+  const double2 y = *reinterpret_cast<const double2*>(values + first + 2);
+  out[0] = x.x, out[1] = x.y, out[2] = y.x, out[3] = y.y;
+}
 
 template <class T>
 struct Costs {
@@ -200,7 +222,7 @@ struct Problem {
     const int64_t across = a.columns;
     costs = {base, swapped ? 1 : across, swapped ? across : 1, n, m,
              static_cast<T>(a.maximize ? -1 : 1), a.vectors && !swapped};
-    work.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.large);
+    work.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.state_bytes);
   }
 
   __device__ Scalars& scalars() const { return *work.scalars; }
@@ -217,6 +239,30 @@ __device__ inline unsigned rotated(int column, int turn, int m) {
 __device__ inline int unrotated(unsigned key, int turn, int m) {
   const int column = static_cast<int>(key) + turn;
   return column >= m ? column - m : column;
+}
+
+// Between the workspace and a phase's state.
+template <class T>
+__device__ void load_state(const Problem<T>& p, const State& s) {
+  for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) s.v[j] = p.work.v[j];
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.row_of[j] = p.work.row_of[j];
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x) {
+    s.u[i] = p.work.u[i];
+    s.column_of[i] = p.work.column_of[i];
+  }
+  __syncthreads();
+}
+
+template <class T>
+__device__ void store_state(const Problem<T>& p, const State& s) {
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) {
+    p.work.v[j] = s.v[j];
+    p.work.row_of[j] = s.row_of[j];
+  }
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x) {
+    p.work.u[i] = s.u[i];
+    p.work.column_of[i] = s.column_of[i];
+  }
 }
 
 // Rounds a column dual to the grid of the costs: where their range spans fewer than 50 bits of it, all later sums

@@ -20,7 +20,7 @@ __global__ void raise_columns(Arguments a) {
   for_stripe(p.costs, stripe_first(), [&](int row, const double(&x)[4]) {
     const double u = p.work.u[row];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) room[k] = fmin(room[k], x[k] - u);
+    for (int k = 0; k < 4; ++k) room[k] = lesser(room[k], x[k] - u);
   });
 #pragma unroll
   for (int k = 0; k < 4; ++k) rooms[warp_id()][4 * lane_id() + k] = room[k];
@@ -43,27 +43,27 @@ __device__ Release shortest_release(const Costs<T>& costs, const State& s, Reach
                                     int source) {
   reached.clear(s, costs.n);
   Release best{source, -s.v[source], 0};
-  int column = source, taken = -1;
+  int column = source;
   double distance = 0.0;
   while (true) {
     const double base = distance - s.v[column];
     double least = infinity();
     unsigned key = ~0u;
     for_own_rows<kGroups>(costs.n, [&](int slot, int i) {
-      const double x = costs.at(i, column);
-      if (i == taken) reached.enter(s, slot, i);
-      if (reached.in_tree(s, slot, i)) return;
-      const double through = base + (x - s.u[i]);
-      double now = reached.get(s, slot, i);
-      if (through < now) reached.set(s, slot, i, now = through, column);
+      const double through = base + (costs.at(i, column) - s.u[i]);
+      reached.improve(s, slot, i, through, column);
+      const double now = reached.open(s, slot, i);
       if (now < least) least = now, key = static_cast<unsigned>(i);
     });
     const Least next = block_least({ordered(least), key}, best.steps++);
     const double reach = from_ordered(next.value);
     if (next.key == ~0u || !(reach < best.rise)) return best;
     distance = reach;
-    taken = static_cast<int>(next.key);
-    column = s.column_of[taken];
+    const int row = static_cast<int>(next.key);
+    for_own_rows<kGroups>(costs.n, [&](int slot, int i) {
+      if (i == row) reached.enter(s, slot, i);
+    });
+    column = s.column_of[row];
     if (distance - s.v[column] < best.rise) best.rise = distance - s.v[column], best.column = column;
   }
 }
@@ -72,9 +72,8 @@ template <class T, int kGroups>
 __device__ void release(const Costs<T>& costs, const State& s, Reached<kGroups>& reached, int source,
                         Release end) {
   for_own_rows<kGroups>(costs.n, [&](int slot, int i) {
-    if (!reached.in_tree(s, slot, i)) return;
     const double shift = end.rise - reached.get(s, slot, i);
-    if (!(shift > 0.0)) return;
+    if (!reached.in_tree(s, slot, i) || !(shift > 0.0)) return;
     s.u[i] -= shift;
     s.v[s.column_of[i]] += shift;
   });
@@ -99,16 +98,13 @@ __device__ void release(const Costs<T>& costs, const State& s, Reached<kGroups>&
 
 // Grid (batch).
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) {
+__global__ void __launch_bounds__(kMostPathThreads<kGroups>, 1) release_columns(Arguments a) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<T> p(a);
   if (p.failed() || p.n == 0 || !p.scalars().raised) return;
   State s;
-  s.carve(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.v[j] = p.work.v[j], s.row_of[j] = p.work.row_of[j];
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x)
-    s.u[i] = p.work.u[i], s.column_of[i] = p.work.column_of[i];
-  __syncthreads();
+  s.carve_for_paths(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
+  load_state(p, s);
   const int count =
       block_collect(p.m, s.waiting, p.m, [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
   int steps = 0;
@@ -119,9 +115,7 @@ __global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) 
     steps += end.steps;
     release(p.costs, s, reached, source, end);
   }
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.work.v[j] = s.v[j], p.work.row_of[j] = s.row_of[j];
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x)
-    p.work.u[i] = s.u[i], p.work.column_of[i] = s.column_of[i];
+  store_state(p, s);
   if (threadIdx.x == 0) {
     p.scalars().counters[kColumnScans] = steps;
     p.scalars().counters[kReleased] = count;

@@ -23,38 +23,48 @@ inline int threads_for(int wanted, int most) {
   return threads;
 }
 
-// Where the sequential phases keep their state and how many columns a thread owns.
+// Where the sequential phases keep their state, and how many columns a thread of the path search owns.
 struct Plan {
-  int groups;  // 1 or 4: registers and shared memory; 0: workspace
-  int threads;
-  int64_t shared;
+  int64_t bid_shared;   // bytes of shared memory for bidding; 0: its state is in the workspace
+  int64_t path_shared;  // and for the paths
+  int path_threads;
+  int groups;  // of 4 columns per thread in registers: 2 or 8; 0: distances are in the workspace
 };
 
 inline Plan make_plan(int max_n, int max_m, int shared_limit) {
-  Plan plan{};
-  plan.threads = threads_for(ceil_div(max_m, 4), kPathThreads);
+  const int64_t limit = shared_limit - 2048;  // the rest is for the reductions
   State s;
-  plan.shared = s.carve(nullptr, max_n, max_m, false);
-  const int64_t reserve = 2048;  // the reductions' own
-  if (plan.shared + reserve > shared_limit || max_m > 16 * plan.threads) plan.shared = 0;
-  else plan.groups = max_m <= 4 * plan.threads ? 1 : 4;
+  Plan plan{};
+  plan.bid_shared = s.carve_for_bidding(nullptr, max_n, max_m);
+  if (plan.bid_shared > limit) plan.bid_shared = 0;
+  plan.path_shared = s.carve_for_paths(nullptr, max_n, max_m, false);
+  plan.path_threads = threads_for(ceil_div(max_m, 8), kPathThreads);
+  if (plan.path_shared > limit || max_m > 32 * kPathThreads) {
+    plan.path_shared = 0;
+    plan.path_threads = kWorkspacePathThreads;
+  } else {
+    plan.groups = max_m <= 8 * plan.path_threads ? 2 : 8;
+  }
   return plan;
 }
 
-// Sets a.large and a.workspace_stride; returns the bytes of workspace for the whole batch.
+// Sets the layout of the workspace; returns its bytes for the whole batch.
 inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
-  a.large = plan.groups == 0;
+  State s;
+  const int64_t bidding = plan.bid_shared > 0 ? 0 : s.carve_for_bidding(nullptr, a.max_n(), a.max_m());
+  const int64_t paths = plan.groups > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), true);
+  a.state_bytes = bidding > paths ? bidding : paths;
   Workspace w;
-  a.workspace_stride = w.carve(nullptr, a.max_n(), a.max_m(), a.large);
+  a.workspace_stride = w.carve(nullptr, a.max_n(), a.max_m(), a.state_bytes);
   return a.workspace_stride * a.batch;
 }
 
 template <class T, int kGroups, class Launcher>
-void match(const Launcher& launch, const Arguments& a, const Plan& plan, dim3 stripes, int stripe_threads) {
+void finish(const Launcher& launch, const Arguments& a, const Plan& plan, dim3 stripes, int stripe_threads) {
   const dim3 problems(a.batch);
-  launch(match_rows<T, kGroups>, problems, plan.threads, plan.shared, a);
+  launch(match_rows<T, kGroups>, problems, plan.path_threads, plan.path_shared, a);
   launch(raise_columns<T>, stripes, stripe_threads, 0, a);
-  launch(release_columns<T, kGroups>, problems, plan.threads, plan.shared, a);
+  launch(release_columns<T, kGroups>, problems, plan.path_threads, plan.path_shared, a);
 }
 
 template <class T, class Launcher>
@@ -79,9 +89,11 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(start_from_sinkhorn<T>, problems, problem_threads, 0, a);
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
-    if (plan.groups == 1) match<T, 1>(launch, a, plan, stripes, stripe_threads);
-    else if (plan.groups == 4) match<T, 4>(launch, a, plan, stripes, stripe_threads);
-    else match<T, 0>(launch, a, plan, stripes, stripe_threads);
+    const int bid_threads = threads_for(ceil_div(a.max_m(), 4), kBidThreads);
+    launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>, problems, bid_threads, plan.bid_shared, a);
+    if (plan.groups == 2) finish<T, 2>(launch, a, plan, stripes, stripe_threads);
+    else if (plan.groups == 8) finish<T, 8>(launch, a, plan, stripes, stripe_threads);
+    else finish<T, 0>(launch, a, plan, stripes, stripe_threads);
     launch(measure_slack<T>, rows, kRowThreads, 0, a);
   }
   launch(write_results<T>, problems, kRowThreads, 0, a);

@@ -22,7 +22,7 @@ __device__ void for_stripe(const Costs<T>& costs, int first, Visit visit) {
   }
 }
 
-// Visits this warp's row: visit(first of four columns, four costs).
+// Visits a row with one warp: visit(first of four columns, four costs). Beyond the last column costs are +inf.
 template <class T, class Visit>
 __device__ void for_row(const Costs<T>& costs, int row, Visit visit) {
 #pragma unroll 4
@@ -71,7 +71,8 @@ __device__ inline LogSum warp_log_sum(LogSum mine) {
 template <class T>
 __global__ void prepare(Arguments a) {
   const Problem<T> p(a);
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.work.v[j] = 0.0, p.work.row_of[j] = -1;
+  for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) p.work.v[j] = 0.0;
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.work.row_of[j] = -1;
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) p.work.u[i] = 0.0, p.work.column_of[i] = -1;
   if (threadIdx.x == 0) {
     Scalars& s = p.scalars();
@@ -183,10 +184,12 @@ __global__ void compare_rows(Arguments a) {
   if (row >= p.n || p.failed()) return;
   double least = infinity(), least_cost = infinity();
   for_row(p.costs, row, [&](int first, const double(&x)[4]) {
+    double v[4];
+    four(p.work.v, first, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      least_cost = fmin(least_cost, x[k]);
-      if (first + k < p.m) least = fmin(least, x[k] - p.work.v[first + k]);
+      least_cost = lesser(least_cost, x[k]);
+      least = lesser(least, x[k] - v[k]);
     }
   });
   const double of_row = from_ordered(warp_min(ordered(least)));
@@ -301,11 +304,12 @@ __global__ void nearest_columns(Arguments a) {
   double least = infinity();
   unsigned key = ~0u, hash = 0;
   for_row(p.costs, row, [&](int first, const double(&x)[4]) {
+    double v[4];
+    four(p.work.v, first, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (first + k >= p.m) continue;
       hash = 31 * hash + folded_bits(x[k]);
-      const double reduced = x[k] - p.work.v[first + k];
+      const double reduced = x[k] - v[k];
       const unsigned mine = rotated(first + k, turn, p.m);
       if (reduced < least || (reduced == least && mine < key)) least = reduced, key = mine;
     }

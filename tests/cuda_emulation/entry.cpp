@@ -71,13 +71,13 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
     if (workspace[k] != kPoison) return "write beyond the workspace";
   for (int b = 0; b < batch && emulation::error() == nullptr; ++b) {
     Workspace w;
-    w.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.large);
+    w.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.state_bytes);
     std::copy_n(w.scalars->counters, static_cast<int>(kCounters), counters + b * kCounters);
   }
   return emulation::error();
 }
 
-// Bytes of workspace, and the plan: 1 or 4 groups of columns in registers, 0 for all state in the workspace.
+// Bytes of workspace, and the plan: 2 or 8 groups of columns in registers, 0 for all state in the workspace.
 extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t shared_limit, int* groups) {
   Arguments a{};
   a.batch = batch, a.rows = rows, a.columns = columns;
