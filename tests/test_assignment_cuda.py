@@ -197,6 +197,18 @@ def test_emulated_status() -> None:
 
 
 @needs_compiler
+def test_emulated_no_overflow() -> None:
+    """Differences of these costs are beyond float64; their optimum is not."""
+    rng = np.random.default_rng(9)
+    cost = np.clip(rng.standard_normal((2, 20, 30)) * 1e308, -1.5e308, 1.5e308)
+    solution = emulator.solve(cost)
+    assert solution.status.tolist() == [0, 0]
+    for problem, index in zip(cost / 2**10, solution.index, strict=True):
+        rows, columns = linear_sum_assignment(problem)
+        assert problem[rows, index].sum() == pytest.approx(problem[rows, columns].sum(), rel=1e-14)
+
+
+@needs_compiler
 def test_emulated_batch_does_not_matter() -> None:
     cost = np.stack([make(f, 40, 72, 1) for f in ("init", "uniform", "equal_rows", "trained")])
     together = emulator.solve(cost)

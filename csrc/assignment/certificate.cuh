@@ -40,7 +40,7 @@ __global__ void write_results(Arguments a) {
   const int status = p.scalars().status;
   const bool ok = status == kOk;
   const double nan = infinity() - infinity();
-  const double sign = a.maximize ? -1.0 : 1.0;
+  const double sign = a.maximize ? -p.unit : p.unit;
   double gap = 0.0;
   if (ok) {
     for (int i = threadIdx.x; i < p.n; i += blockDim.x) gap += p.work.row_value[i];
@@ -56,7 +56,7 @@ __global__ void write_results(Arguments a) {
   for (int c = threadIdx.x; c < a.columns; c += blockDim.x)
     column_dual[c] = ok ? 0.0 + sign * (p.swapped ? p.work.u[c] : p.work.v[c]) : 0.0;
   if (threadIdx.x == 0) {
-    a.gap[b] = ok ? gap : nan;
+    a.gap[b] = ok ? p.unit * gap : nan;
     a.status[b] = status;
   }
 }

@@ -166,7 +166,7 @@ struct Costs {
   const T* base;
   int64_t row_stride, column_stride;
   int n, m;  // rows <= columns
-  T sign;
+  T sign;  // times a power of two
   bool vectors;
 
   __device__ double at(int row, int column) const {
@@ -198,6 +198,8 @@ struct Costs {
   }
 };
 
+constexpr int kHugeExponent = 900;  // of float64 costs; 100 bits less leave room for every sum
+
 // The block's problem: blockIdx.x in every kernel.
 template <class T>
 struct Problem {
@@ -206,8 +208,10 @@ struct Problem {
   int n, m;
   int used_rows;  // of the caller's matrix
   bool swapped;   // the solver's rows are the caller's columns
+  double unit;    // a power of two: the solver sees the costs divided by it
 
-  __device__ explicit Problem(const Arguments& a) {
+  // `scaled`: once the exponents of the costs are known, their sums are kept from overflowing.
+  __device__ explicit Problem(const Arguments& a, bool scaled = true) {
     const int64_t b = blockIdx.x;
     used_rows = a.rows;
     if (a.num_rows != nullptr) {
@@ -220,9 +224,10 @@ struct Problem {
     m = swapped ? used_rows : a.columns;
     const T* base = static_cast<const T*>(a.cost) + b * a.rows * a.columns;
     const int64_t across = a.columns;
-    costs = {base, swapped ? 1 : across, swapped ? across : 1, n, m,
-             static_cast<T>(a.maximize ? -1 : 1), a.vectors && !swapped};
     work.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.state_bytes);
+    unit = sizeof(T) == 8 && scaled && work.scalars->high_exponent > kHugeExponent ? 0x1p100 : 1.0;
+    costs = {base, swapped ? 1 : across, swapped ? across : 1, n, m,
+             static_cast<T>((a.maximize ? -1.0 : 1.0) / unit), a.vectors && !swapped};
   }
 
   __device__ Scalars& scalars() const { return *work.scalars; }
@@ -269,7 +274,8 @@ __device__ void store_state(const Problem<T>& p, const State& s) {
 // and differences are exact. Any number <= 0 is a valid start; what is not one becomes 0.
 __device__ inline double on_grid(double x, const Scalars& s) {
   if (!(x < 0.0) || !is_finite(x)) return 0.0;
-  if (s.high_exponent - s.low_exponent > 50 || s.low_exponent < -1000) return x;
+  if (s.high_exponent - s.low_exponent > 50 || s.low_exponent < -1000 || s.high_exponent > kHugeExponent)
+    return x;
   return ldexp(rint(ldexp(x, -s.low_exponent)), s.low_exponent);
 }
 

@@ -70,7 +70,7 @@ __device__ inline LogSum warp_log_sum(LogSum mine) {
 // Grid (batch), one thread per entry: the state before anything is known.
 template <class T>
 __global__ void prepare(Arguments a) {
-  const Problem<T> p(a);
+  const Problem<T> p(a, false);
   for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) p.work.v[j] = 0.0;
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.work.row_of[j] = -1;
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) p.work.u[i] = 0.0, p.work.column_of[i] = -1;
@@ -96,7 +96,7 @@ __device__ inline void exponents(double x, int& low, int& high) {
 // Grid (batch, stripes): column means over the finite costs; the grid of the costs; what must not be there.
 template <class T>
 __global__ void column_means(Arguments a) {
-  const Problem<T> p(a);
+  const Problem<T> p(a, false);
   if (stripe_start() >= p.m || p.n == 0) return;
   __shared__ double sums[kStripeThreads / kWarp][kStripe];
   __shared__ int counts[kStripeThreads / kWarp][kStripe];
