@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import croc_kernels as ck
-from croc_kernels.recipe_config import Recipe
+from croc_kernels.layer.recipe_config import Recipe
 
 C, M = 16, 40
 LENGTHS = [

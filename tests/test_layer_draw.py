@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import croc_kernels as ck
-from croc_kernels.matching import draw_order, draw_seed, hash_places
+from croc_kernels.layer.matching import draw_order, draw_seed, hash_places
 
 LENGTHS = (12, 5, 30)
 

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from test_layer import C
 from torch import Tensor, nn
 
-from croc_kernels.heads import BertHead
-from croc_kernels.normalization import l2_normalize
-from croc_kernels.packing import as_kernel_arguments, device_integers, padding
+from croc_kernels.layer.heads import BertHead
+from croc_kernels.layer.normalization import l2_normalize
+from croc_kernels.layer.packing import as_kernel_arguments, device_integers, padding
 from croc_kernels.testing import assert_within_budget
 
 # --- normalisation -------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.mask import MixedMask
-from ..packing import all_equal, device_integers, starts_of
+from ..layer.packing import all_equal, device_integers, starts_of
 from .attention_interface import is_packed, pack_mask
 
 

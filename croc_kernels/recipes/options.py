@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..recipe_config import RECIPES
+from ..layer import RECIPES
 
 
 def _option(text: str, default: Any = None, **extra: Any) -> Any:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from fractions import Fraction
 
-from .checks import check_choice
+from ..checks import check_choice
 
 
 @dataclass(frozen=True)

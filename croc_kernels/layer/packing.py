@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_dtype, check_rank, check_tensor
+from ..checks import FLOATS, check_dtype, check_rank, check_tensor
 
 
 class Padding(NamedTuple):

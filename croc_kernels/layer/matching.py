@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .assignment.api import linear_assignment_ex
-from .cost.api import nearest_token, token_cost
+from ..assignment.api import linear_assignment_ex
+from ..cost.api import nearest_token, token_cost
 from .packing import all_equal, device_integers, padding, scatter_back
 
 _WORD = 2**32 - 1

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention.mask import MixedMask
-from .checks import check_choice, check_shape, check_tensor
+from ..attention.mask import MixedMask
+from ..checks import check_choice, check_shape, check_tensor
+from ..replacement.api import reconstruction_loss, replace_tokens
 from .heads import INITIAL_STD, BertHead, linear_head
 from .matching import Matching, current_rank, keep_all, match_micro_batches
 from .normalization import l2_normalize
 from .packing import check_packed
 from .recipe_config import Recipe, get_recipe, masked_count, ratio_terms
-from .replacement.api import reconstruction_loss, replace_tokens
 
 POOL_INITS = ("randn", "unit")
 METRICS = ("l2", "l2sq", "cosine")
@@ -55,7 +55,7 @@ class CrocLayer(nn.Module):
     Nothing here waits for the device, and no step has a shape that depends on data: it captures
     into a CUDA graph (register an explicit generator with the graph) and compiles with
     ``fullgraph=True`` (with the default generator). The same generator state gives the same masks,
-    see :mod:`croc_kernels.matching`; inside a checkpointed region pass no ``generator``, since
+    see :mod:`croc_kernels.layer.matching`; inside a checkpointed region pass no ``generator``:
     recomputation rewinds the default one only.
 
     Under sharded training call it inside the root module's forward, where parameters are whole
