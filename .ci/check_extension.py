@@ -1,4 +1,4 @@
-"""Load the extension of an unpacked wheel (the current directory) and check which kernels it registers."""
+"""Load the extension of an unpacked wheel, the current directory: which kernels are in it?"""
 
 import sys
 from pathlib import Path
