@@ -37,8 +37,9 @@ template <class T>
 void bid(Work<T>& w, const HostTuning& tuning) {
   std::vector<int> queue, left;
   queue.swap(w.free_rows);
-  const int64_t limit =
-      w.counts.bids + static_cast<int64_t>(tuning.bids_per_row * queue.size()) + 1;
+  // Short paths are cheaper than many bids: the limit is smaller for few rows.
+  const double per_row = std::min(tuning.bids_per_row, w.n / 8.0);
+  const int64_t limit = w.counts.bids + static_cast<int64_t>(per_row * queue.size()) + 1;
   size_t head = 0;
   for (; head < queue.size() && w.counts.bids < limit; ++head) {
     const int i = queue[head];

@@ -42,13 +42,14 @@ struct HostTuning {
   int spreads = 2;            // Sinkhorn steps behind that
   double temperature = 0.25;  // of the local scale
   double bids_per_row = 16;   // limit, per row that is free after the tight matching
-  int rows_for_auction = 32;  // more free rows after the bids start an auction
+  int rows_for_auction = 64;  // more free rows after the bids start an auction
   int auction_phases = 3;
   double epsilon = 8, epsilon_factor = 0.125;  // of the local scale, from phase to phase
   int auction_bids = 60;                       // limit, per row and column
 };
 
 namespace host {
+constexpr int kFewRows = 32;    // fewer rows: Sinkhorn steps take longer than they save
 constexpr int kScaleRows = 32;  // rows that the local scale is estimated from
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int kBlock = 64;  // columns per block; a multiple of every vector length

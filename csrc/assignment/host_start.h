@@ -136,7 +136,7 @@ void spread(Work<T>& w, double temperature, std::vector<double>& g) {
 // search; where they don't, v = 0.
 template <class T>
 void warm_start(Work<T>& w, const HostTuning& tuning) {
-  if (!tuning.means || w.m == 1) return;
+  if (!tuning.means || w.n == 1) return;
   double cold = 0;
   for (int i = 0; i < w.n; ++i) cold += w.u[i];
   std::vector<double>& start = w.masked;
@@ -144,6 +144,7 @@ void warm_start(Work<T>& w, const HostTuning& tuning) {
   lower_wanted(w, w.mean, start);
   if (!(dual_value(w, start) > cold)) return;
   w.v = start;
+  if (w.n < kFewRows) return;
   const double scale = local_scale(w, w.v);
   if (!(scale > 0) || scale == kInfinity) return;
   std::vector<double>& g = w.masked;
