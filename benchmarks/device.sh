@@ -31,7 +31,7 @@ stage() {
   printf '=== %s (at most %s s)\n' "$name" "$most"
   timeout --signal=INT --kill-after=10 "$most" "$@" >"$out/$name.log" 2>&1 </dev/null
   status=$?
-  tail -n 25 "$out/$name.log"
+  tail -n "$([ "$name" = bench ] && echo 70 || echo 25)" "$out/$name.log"
   summary+=("$name: $([ $status = 0 ] && echo ok || echo "FAILED, status $status") in $((SECONDS - start)) s")
 }
 
