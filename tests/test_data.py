@@ -430,3 +430,16 @@ def test_records_are_read_as_written(tmp_path: Path) -> None:
     made = records()
     found = LlavaRecords(write_records(tmp_path / "data.json", json.loads(json.dumps(made))))
     assert [found[i][1] for i in range(len(found))] == [check_record(record) for record in made]
+
+
+def test_types_per_token_are_cut_and_padded_like_the_tokens(case, tmp_path) -> None:
+    """Gemma and Qwen processors add them, and so do some tokenizers."""
+    own = AutoProcessor.from_pretrained(case.model)
+    own.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    made = [GOOD, {"conversations": turns("Hello?", "Word " * 60)}]
+    dataset = dataset_of(case, own, made, tmp_path, max_length=60)
+    samples = [dataset[0], dataset[1]]
+    assert [len(sample["token_type_ids"]) for sample in samples] == [
+        len(sample["input_ids"]) for sample in samples
+    ]
+    assert Collator(0)(samples)["token_type_ids"].shape == (2, 60)

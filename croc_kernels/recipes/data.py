@@ -26,7 +26,6 @@ IGNORE = -100
 # it.
 IMAGE_LENGTHS = "image_lengths"
 NOTES = "notes"
-_TOKEN_KEYS = ("input_ids", "labels", "attention_mask")
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -171,7 +170,11 @@ class ConversationEncoder:
         text_only = ids != self.image_token_id
         if not torch.equal(ids[text_only], short[short != self.image_token_id]):
             raise ValueError("the processor must keep the text around a picture as it is")
-        sample = {key: value for key, value in encoded.items() if key != "attention_mask"}
+        # Some models take a type per token too; a processor gives it the shape of the tokens.
+        sample = {
+            key: value[0] if value.shape == (1, len(ids)) else value
+            for key, value in encoded.items()
+        }
         sample["input_ids"] = ids
         sample["labels"] = torch.full_like(ids, IGNORE)
         sample["labels"][text_only] = labels[short != self.image_token_id]
@@ -194,8 +197,9 @@ class ConversationEncoder:
             raise OverflowError(
                 f"it has {length} tokens, and none of the first {limit} is supervised"
             )
-        for key in _TOKEN_KEYS:
-            sample[key] = sample[key][:limit]
+        for key, value in sample.items():
+            if isinstance(value, Tensor) and value.dim() == 1:
+                sample[key] = value[:limit]
         return f"text cut from {length} to {limit} tokens"
 
 
@@ -288,17 +292,17 @@ class Collator:
 
     def __call__(self, samples: Sequence[dict]) -> dict:
         """One batch of these samples."""
-        batch = {
-            key: torch.nn.utils.rnn.pad_sequence(
-                [sample[key] for sample in samples], batch_first=True, padding_value=self.fill[key]
-            )
-            for key in _TOKEN_KEYS
-        }
         host = {
             key: tuple(item for sample in samples for item in sample[key])
             for key in (IMAGE_LENGTHS, NOTES)
         }
-        extra = sorted({key for sample in samples for key in sample} - {*batch, *host})
-        for key in extra:
-            batch[key] = torch.cat([sample[key] for sample in samples if key in sample])
+        batch: dict[str, Tensor] = {}
+        for key in sorted({key for sample in samples for key in sample} - set(host)):
+            tensors = [sample[key] for sample in samples if key in sample]
+            if tensors[0].dim() == 1:
+                batch[key] = torch.nn.utils.rnn.pad_sequence(
+                    tensors, batch_first=True, padding_value=self.fill.get(key, 0)
+                )
+            else:
+                batch[key] = torch.cat(tensors)
         return {**batch, **host}

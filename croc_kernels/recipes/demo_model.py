@@ -46,6 +46,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         model_max_length=MAX_LENGTH,
         padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
         additional_special_tokens=[_IMAGE],
         **_SPECIAL,
     )

@@ -4,7 +4,7 @@ model inputs.
 
 from pathlib import Path
 
-from transformers import AutoProcessor, LlavaProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import AutoProcessor, LlavaProcessor, PretrainedConfig, ProcessorMixin
 
 # Used where neither the processor nor its tokenizer brings a chat template. It renders
 #   USER: <image>\nDescribe the picture. ASSISTANT: A cat sleeps on a sofa.</s>USER: ...
@@ -34,7 +34,7 @@ def chat_template(processor: ProcessorMixin) -> str:
     return template or plain_template(processor.image_token, processor.tokenizer.eos_token)
 
 
-def _complete(processor: LlavaProcessor, config: PreTrainedConfig) -> LlavaProcessor:
+def _complete(processor: LlavaProcessor, config: PretrainedConfig) -> LlavaProcessor:
     """A LlavaProcessor of the same parts that knows how many tokens an image of this model has."""
     vision = config.vision_config
     # CLIP puts one class token before the patches, SigLIP none; "default" drops the first token.
@@ -50,7 +50,7 @@ def _complete(processor: LlavaProcessor, config: PreTrainedConfig) -> LlavaProce
     )
 
 
-def load_processor(model: str | Path, config: PreTrainedConfig) -> ProcessorMixin:
+def load_processor(model: str | Path, config: PretrainedConfig) -> ProcessorMixin:
     """Load a model's processor; complete it for a LLaVA saved with a tokenizer and an image
     processor only, as its older releases are.
 
