@@ -288,18 +288,32 @@ def by_loops(recipe, case, inputs, lengths, window):
 @pytest.mark.parametrize("case", cases("gemma3"))
 def test_masks_of_full_and_sliding_layers(case, recipe):
     model = attached(case, recipe)
-    inputs = zoo.batch(case, model, side="left", adjacent=not case.wrap)
+    # In InternVL tiles side by side are one image: there two images need something between them.
+    adjacent = not case.wrap and case.name != "internvl"
+    inputs = zoo.batch(case, model, side="left", adjacent=adjacent)
     record = Record(model)
     model(**inputs)
     lengths = zoo.image_lengths(model, case.pixels(3))
     if isinstance(record.masks[-1], dict):
         assert set(record.masks[-1]) == {"full_attention", "sliding_attention"}
-        windows = {"full_attention": None, "sliding_attention": 3}
+        window = model.config.get_text_config().sliding_window
+        windows = {"full_attention": None, "sliding_attention": window}
     else:
         windows = {None: None}
     for kind, window in windows.items():
         expected = by_loops(recipe, case, inputs, lengths, window)
         assert torch.equal(record.dense(kind), expected)
+
+
+def test_tiles_side_by_side_are_one_image():
+    case = zoo.CASES["internvl"]
+    model = attached(case)
+    inputs = zoo.batch(case, model, adjacent=True)
+    record = Record(model)
+    model(**inputs)
+    image = (inputs["input_ids"][0] == zoo.IMAGE).nonzero()[:, 0]
+    assert image.numel() == 8
+    assert record.dense()[0][image][:, image].all()
 
 
 def test_image_spans_of_equal_and_ragged_lengths():

@@ -2,6 +2,7 @@
 normalised.
 """
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,9 @@ def export(model: nn.Module, directory: str | Path, **options: Any) -> None:
     attachment = attachment_of("export", model)
     directory = Path(directory)
     weights = {k: v for k, v in model.state_dict().items() if not k.startswith(f"{MODULE}.")}
+    if "save_original_format" in inspect.signature(model.save_pretrained).parameters:
+        # Old names are translated on loading for stock classes only.
+        options = {"save_original_format": False} | options
     model.save_pretrained(directory, state_dict=weights, **options)
     root, inner = type(model), type(attachment.inner)
     code = _CODE.format(

@@ -171,7 +171,7 @@ class Attachment:
             lengths = tuple(step.newlines.lengths)
             keep = families.visual_positions(~step.newlines.is_newline, sum(lengths))
         tokens = rows if keep is None else rows.index_select(0, keep)
-        step.replacement = self.layer.replace(tokens * self.scale, lengths, active=active)
+        step.replacement = self.layer.replace(tokens, lengths, active=active)
         tokens = step.replacement.embeddings.to(rows.dtype) / self.scale
         return tokens if keep is None else rows.index_copy(0, keep, tokens)
 
