@@ -16,6 +16,7 @@ from transformers import (
     LlavaProcessor,
 )
 
+from croc_kernels.recipes.data import LlavaDataset
 from croc_kernels.recipes.demo_model import train_tokenizer
 from croc_kernels.recipes.options import resolve
 from croc_kernels.recipes.pretrain import Stage, set_up, train
@@ -162,3 +163,12 @@ def losses_of(history: list[dict]) -> dict[int, tuple[float, float, float]]:
         for entry in history
         if "caption_loss" in entry
     }
+
+
+def dataset_of(
+    case: Case, processor: LlavaProcessor, made: list, folder: Path, **options: Any
+) -> LlavaDataset:
+    """A data set of these records and the case's pictures."""
+    return LlavaDataset(
+        write_records(folder / "data.json", made), case.images, processor, **options
+    )

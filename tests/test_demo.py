@@ -112,6 +112,7 @@ def test_first_and_last_are_means_of_up_to_five() -> None:
     assert losses["caption_loss"] == pytest.approx((6.0, -9.0))
     assert first_and_last(history(1))["caption_loss"] == (8.0, 8.0)
     assert first_and_last(history(3))["caption_loss"] == (8.0, 6.0)
+    assert first_and_last([]) == {}
 
 
 def make_probe(seed: int) -> Probe:
@@ -130,7 +131,7 @@ def assert_picture(path: Path, width: int) -> None:
         assert len(np.unique(np.asarray(picture))) > 10
 
 
-@pytest.mark.parametrize("steps", [1, 3, 200])
+@pytest.mark.parametrize("steps", [0, 1, 3, 200])
 def test_plot_losses_writes_a_picture(steps: int, tmp_path: Path) -> None:
     plot_losses(history(steps), tmp_path / "losses.png")
     assert_picture(tmp_path / "losses.png", 1300)

@@ -101,6 +101,9 @@ def test_config_file_missing(tmp_path: Path) -> None:
         pytest.param({"data": None}, "--data must be given, or --demo", id="data"),
         pytest.param({"image_folder": None}, "--image-folder must be given", id="images"),
         pytest.param({"recipe": "x"}, "recipe must be one of .*, got 'x'", id="recipe"),
+        pytest.param(
+            {"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0", id="smoothing"
+        ),
         pytest.param({"demo": True}, "demo must go without --model", id="demo"),
         pytest.param({"model_dtype": "int8"}, "model_dtype must be float32, .*'int8'", id="dtype"),
         pytest.param(

@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from .pretrain import set_up, train
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("croc_kernels").setLevel(logging.INFO)
     try:
         stage, training = resolve(vars(args))
         if stage.demo:

@@ -205,6 +205,11 @@ def resolve(explicit: dict[str, Any]) -> tuple[StageArguments, TrainingArguments
     trainer_defaults["dataloader_pin_memory"] = on_gpu
     if on_gpu and not given.keys() & {"bf16", "fp16"}:
         trainer_defaults["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
+    if given.get("label_smoothing_factor"):
+        raise OptionError(
+            "pretrain: label_smoothing_factor must be 0, Trainer would keep the labels from the "
+            f"model; got {given['label_smoothing_factor']}"
+        )
     # The batches carry what the model's forward does not name.
     fixed = {"output_dir": output, "remove_unused_columns": False}
     return stage, TrainingArguments(**{**trainer_defaults, **given, **fixed})

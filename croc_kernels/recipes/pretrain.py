@@ -182,8 +182,8 @@ def set_up(stage: StageArguments, training: TrainingArguments) -> Stage:
 
 
 def train(stage: Stage) -> None:
-    """Train to the end, save the final model and the loss curves, and say which samples were left
-    out.
+    """Train to the end, save the final model and the loss curves; print both losses and which
+    samples were left out.
     """
     trainer = stage.trainer
     if stage.resume is not None:
@@ -200,13 +200,17 @@ def train(stage: Stage) -> None:
     if trainer.is_world_process_zero():
         plot_losses(trainer.state.log_history, output / "losses.png")
         print(*trainer.report.lines(), sep="\n")
+        for name, (first, last) in first_and_last(trainer.state.log_history).items():
+            print(f"{name.replace('_', ' ')}: first {first:.4f}, last {last:.4f}")
 
 
 def first_and_last(history: list[dict]) -> dict[str, tuple[float, float]]:
-    """Both losses at the start and at the end: means of up to five logged values, samples differ in
-    difficulty.
+    """Both losses at the start and at the end: means of up to five logged values, since samples
+    differ in difficulty. Empty if nothing was logged.
     """
     logged = [entry for entry in history if all(name in entry for name in LOSSES)]
+    if not logged:
+        return {}
     count = max(1, min(5, len(logged) // 2))
 
     def mean(entries: list[dict], name: str) -> float:
