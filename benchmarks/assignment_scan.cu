@@ -1,8 +1,11 @@
-// Where the time of the CUDA assignment solver goes: one scan of a row by a block, then every kernel of a whole solve.
+// Where the time of the CUDA assignment solver goes: one scan of a row by a block, then every
+// kernel of a whole solve.
 //
-//   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu -o /tmp/scan && /tmp/scan
+//   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu
+//   -o /tmp/scan && /tmp/scan
 //
-// Prints one JSON object per line. Times are medians over repeated runs, from events; the first runs are dropped.
+// Prints one JSON object per line. Times are medians over repeated runs, from events; the first
+// runs are dropped.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -40,8 +43,8 @@ float median(std::vector<float> values) {
   return values[values.size() / 2];
 }
 
-// The step of the path search, alone: the first n columns are matched, the others forbidden, so that a search scans
-// all n rows and gives up.
+// The step of the path search, alone: the first n columns are matched, the others forbidden, so
+// that a search scans all n rows and gives up.
 template <int kGroups, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) scan_all_rows(Arguments a, int* steps) {
   CROC_DYNAMIC_SHARED(shared);
@@ -64,7 +67,8 @@ void measure_scan(int batch, int n, int m) {
   std::mt19937 random(1);
   std::uniform_real_distribution<float> uniform;
   for (size_t k = 0; k < cost.size(); ++k)
-    cost[k] = static_cast<int>(k % m) < n - 1 ? uniform(random) : std::numeric_limits<float>::infinity();
+    cost[k] =
+        static_cast<int>(k % m) < n - 1 ? uniform(random) : std::numeric_limits<float>::infinity();
   Arguments a{};
   a.batch = batch, a.rows = n, a.columns = m, a.vectors = m % 4 == 0;
   const Plan plan = make_plan(n, m, 227 * 1024);
@@ -92,9 +96,10 @@ void measure_scan(int batch, int n, int m) {
   }
   int taken = 0;
   CHECK(cudaMemcpy(&taken, steps, sizeof taken, cudaMemcpyDeviceToHost));
-  std::printf("{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"threads\": %d, \"steps\": %d, "
-              "\"us_per_scan\": %.4f}\n",
-              batch, n, m, kThreads, taken, 1e3f * median(times) / taken);
+  std::printf(
+      "{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"threads\": %d, \"steps\": %d, "
+      "\"us_per_scan\": %.4f}\n",
+      batch, n, m, kThreads, taken, 1e3f * median(times) / taken);
   CHECK(cudaFree(workspace));
   CHECK(cudaFree(device_cost));
   CHECK(cudaFree(steps));
@@ -104,8 +109,10 @@ void measure_scan(int batch, int n, int m) {
 struct TimedLauncher {
   std::vector<cudaEvent_t>* events;
 
-  void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared, const Arguments& a) const {
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
+                  const Arguments& a) const {
+    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared)));
     kernel<<<grid, threads, shared>>>(a);
     CHECK(cudaGetLastError());
     cudaEvent_t event;
@@ -115,11 +122,14 @@ struct TimedLauncher {
   }
 };
 
-// The order of solve(): write it here again, so that a change there shows as a wrong number of launches.
-const char* const kNames[] = {"prepare", "column_means", "start_from_means", "compare_rows", "choose_start",
-                              "sinkhorn_rows", "sinkhorn_columns", "sinkhorn_rows", "sinkhorn_columns",
-                              "start_from_sinkhorn", "nearest_columns", "find_twins", "bid_rows", "match_rows",
-                              "raise_columns", "release_columns", "measure_slack", "write_results"};
+// The order of solve(): write it here again, so that a change there shows as a wrong number of
+// launches.
+const char* const kNames[] = {
+    "prepare",          "column_means",        "start_from_means", "compare_rows",
+    "choose_start",     "sinkhorn_rows",       "sinkhorn_columns", "sinkhorn_rows",
+    "sinkhorn_columns", "start_from_sinkhorn", "nearest_columns",  "find_twins",
+    "bid_rows",         "match_rows",          "raise_columns",    "release_columns",
+    "measure_slack",    "write_results"};
 constexpr size_t kLaunches = sizeof kNames / sizeof *kNames;
 
 // Column offsets and small noise as at the start of training, or uniform costs.
@@ -150,7 +160,8 @@ void measure_solve(const std::string& family, int batch, int n, int m) {
     CHECK(cudaEventRecord(events[0]));
     solve<float>(TimedLauncher{&events}, a, plan);
     CHECK(cudaDeviceSynchronize());
-    if (events.size() != kLaunches + 1) check(cudaErrorUnknown, "kNames does not list the launches of solve()");
+    if (events.size() != kLaunches + 1)
+      check(cudaErrorUnknown, "kNames does not list the launches of solve()");
     for (size_t k = 0; k <= kLaunches; ++k) {
       float ms = 0.0f;
       const cudaEvent_t from = k < kLaunches ? events[k] : events[0];
@@ -169,18 +180,23 @@ void measure_solve(const std::string& family, int batch, int n, int m) {
     w.carve(workspace.data() + b * a.workspace_stride, a.max_n(), a.max_m(), a.state_bytes);
     for (int c = 0; c < kCounters; ++c) most[c] = std::max(most[c], w.scalars->counters[c]);
   }
-  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g, \"most_rounds\": %d, "
-              "\"most_row_scans\": %d, \"most_column_scans\": %d, \"us\": {",
-              family.c_str(), batch, n, m, median(times[kLaunches]), *std::max_element(gaps.begin(), gaps.end()),
-              most[kRounds], most[kRowScans], most[kColumnScans]);
+  std::printf(
+      "{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g, "
+      "\"most_rounds\": %d, "
+      "\"most_row_scans\": %d, \"most_column_scans\": %d, \"us\": {",
+      family.c_str(), batch, n, m, median(times[kLaunches]),
+      *std::max_element(gaps.begin(), gaps.end()), most[kRounds], most[kRowScans],
+      most[kColumnScans]);
   std::map<std::string, float> by_name;
   for (size_t k = 0; k < kLaunches; ++k) by_name[kNames[k]] += 1e3f * median(times[k]);
   const char* separator = "";
-  for (const auto& [name, us] : by_name) std::printf("%s\"%s\": %.1f", separator, name.c_str(), us), separator = ", ";
+  for (const auto& [name, us] : by_name)
+    std::printf("%s\"%s\": %.1f", separator, name.c_str(), us), separator = ", ";
   std::printf("}}\n");
-  for (void* p : {static_cast<void*>(device_cost), static_cast<void*>(a.index), static_cast<void*>(a.row_dual),
-                  static_cast<void*>(a.column_dual), static_cast<void*>(a.gap), static_cast<void*>(a.status),
-                  static_cast<void*>(a.workspace)})
+  for (void* p :
+       {static_cast<void*>(device_cost), static_cast<void*>(a.index),
+        static_cast<void*>(a.row_dual), static_cast<void*>(a.column_dual),
+        static_cast<void*>(a.gap), static_cast<void*>(a.status), static_cast<void*>(a.workspace)})
     CHECK(cudaFree(p));
 }
 

@@ -1,10 +1,10 @@
-// croc_kernels::linear_assignment on CUDA: checks, workspace and launches. The algorithm is in solver.cuh; schema,
-// documentation and the checks with friendly messages are in Python.
-#include <tuple>
-
+// croc_kernels::linear_assignment on CUDA: checks, workspace and launches. The algorithm is in
+// solver.cuh; schema, documentation and the checks with friendly messages are in Python.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
 
 #include "assignment/solver.cuh"
 #include "stable_utils.h"
@@ -31,7 +31,8 @@ struct StreamLauncher {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_assignment(
     const Tensor& cost, const std::optional<Tensor>& num_rows, bool maximize) {
-  STD_TORCH_CHECK(cost.dim() == 3, "linear_assignment: cost must be (B, N, M), got rank ", cost.dim());
+  STD_TORCH_CHECK(cost.dim() == 3, "linear_assignment: cost must be (B, N, M), got rank ",
+                  cost.dim());
   const bool wide = cost.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(wide || cost.scalar_type() == ScalarType::Float,
                   "linear_assignment: cost must have dtype float32 or float64");
@@ -82,8 +83,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_assignment(
   a.workspace = workspace.mutable_data_ptr<uint8_t>();
   const StreamLauncher launch{
       static_cast<cudaStream_t>(current_cuda_stream(costs.get_device_index()))};
-  if (wide) solve<double>(launch, a, plan);
-  else solve<float>(launch, a, plan);
+  if (wide)
+    solve<double>(launch, a, plan);
+  else
+    solve<float>(launch, a, plan);
   return {index, row_dual, column_dual, gap, status};
 }
 

@@ -1,6 +1,7 @@
-// For problems in which many rows still compete after the first rounds: an auction with a falling epsilon, by rows and
-// by columns in turn (Bertsekas, Castanon, Tsaknakis 1993: an asymmetric problem needs both, since a column that ends
-// up without a row must not keep a price). It leaves a state that the exact phases finish in few steps.
+// For problems in which many rows still compete after the first rounds: an auction with a falling
+// epsilon, by rows and by columns in turn (Bertsekas, Castanon, Tsaknakis 1993: an asymmetric
+// problem needs both, since a column that ends up without a row must not keep a price). It leaves a
+// state that the exact phases finish in few steps.
 #pragma once
 
 #include "bidding.cuh"
@@ -8,13 +9,14 @@
 namespace croc::gpu {
 
 constexpr int kBidThreads = 512;
-constexpr int kEnoughFree = 8;         // one row less costs bidding more than a path of its own
-constexpr int kFirstRounds = 40;       // before the auction is considered
-constexpr int kMoreRounds = 160;       // where it is not needed
-constexpr int kAuctionShare = 8;       // considered when more than n / 8 rows are free
-constexpr int kAuctionLeast = 32;      // and more than this many
-constexpr int kAuctionPhases = 4;      // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
-constexpr int kAuctionRounds = 2000;   // per phase and direction; who needs more is better served by paths
+constexpr int kEnoughFree = 8;     // one row less costs bidding more than a path of its own
+constexpr int kFirstRounds = 40;   // before the auction is considered
+constexpr int kMoreRounds = 160;   // where it is not needed
+constexpr int kAuctionShare = 8;   // considered when more than n / 8 rows are free
+constexpr int kAuctionLeast = 32;  // and more than this many
+constexpr int kAuctionPhases = 4;  // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
+constexpr int kAuctionRounds =
+    2000;  // per phase and direction; who needs more is better served by paths
 
 struct Offer {
   double least, second;  // the two smallest reduced costs of the column
@@ -43,7 +45,8 @@ __device__ Offer find_offer(const Costs<T>& costs, const State& s, int column) {
   return {from_ordered(found.value), from_ordered(runner_up), static_cast<int>(found.key)};
 }
 
-// Every listed column offers its nearest row a place at a price that its second choice sets, or gives up its price.
+// Every listed column offers its nearest row a place at a price that its second choice sets, or
+// gives up its price.
 template <class T>
 __device__ void place_offers(const Costs<T>& costs, const State& s, int count, double epsilon) {
   for (int k = warp_id(); k < count; k += warp_count()) {
@@ -68,8 +71,10 @@ template <class T>
 __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) {
   for (int k = threadIdx.x; k < count; k += blockDim.x) {
     const int row = s.target[k], column = s.list[k];
-    if (row < 0) s.v[column] = 0.0;
-    else if (s.best[row] == ordered(s.bid[k])) atomicMin(&s.path[row], column);
+    if (row < 0)
+      s.v[column] = 0.0;
+    else if (s.best[row] == ordered(s.bid[k]))
+      atomicMin(&s.path[row], column);
   }
   __syncthreads();
   for (int k = threadIdx.x; k < count; k += blockDim.x) {
@@ -89,7 +94,8 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
   __syncthreads();
 }
 
-// Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row must be matched.
+// Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row
+// must be matched.
 template <class T>
 __device__ bool bid_columns(const Costs<T>& costs, const State& s, double epsilon, int* counters) {
   for (int round = 0; round < kAuctionRounds; ++round) {
@@ -125,9 +131,11 @@ __device__ void drop_loose_pairs(const Costs<T>& costs, const State& s, double e
 
 // All bidding. Returns the number of rows left free, listed in s.list.
 template <class T>
-__device__ int bid_all(const Costs<T>& costs, const State& s, const Scalars& scalars, int* counters) {
+__device__ int bid_all(const Costs<T>& costs, const State& s, const Scalars& scalars,
+                       int* counters) {
   int num_free = bid(costs, s, 0.0, kFirstRounds, kEnoughFree, counters);
-  if (num_free > kAuctionLeast && num_free > costs.n / kAuctionShare && counters[kRounds] == kFirstRounds) {
+  if (num_free > kAuctionLeast && num_free > costs.n / kAuctionShare &&
+      counters[kRounds] == kFirstRounds) {
     double epsilon = -on_grid(-scalars.spread, scalars);
     for (int phase = 0; phase < kAuctionPhases && epsilon > 0.0; ++phase) {
       num_free = bid(costs, s, epsilon, kAuctionRounds, 0, counters);

@@ -1,5 +1,6 @@
-// Synchronous bidding: every free row bids for its nearest column at once, the best bid per column wins, the row it
-// drives out is free again. Keeps u_i + v_j <= c_ij (+ epsilon on matched pairs) and only ever lowers v.
+// Synchronous bidding: every free row bids for its nearest column at once, the best bid per column
+// wins, the row it drives out is free again. Keeps u_i + v_j <= c_ij (+ epsilon on matched pairs)
+// and only ever lowers v.
 #pragma once
 
 #include "warm_start.cuh"
@@ -23,14 +24,15 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
   };
   double least = infinity(), second = infinity();
   int column = -1;
-  for_row(costs, row, [&](int first, const double(&x)[4]) {
+  for_row(costs, row, [&](int first, const double (&x)[4]) {
     double v[4];
     four(s.v, first, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const double reduced = x[k] - v[k];
       bool nearer = reduced < least;
-      if (reduced == least && column >= 0 && is_finite(reduced)) nearer = key_of(first + k) < key_of(column);
+      if (reduced == least && column >= 0 && is_finite(reduced))
+        nearer = key_of(first + k) < key_of(column);
       second = nearer ? least : lesser(second, reduced);
       least = nearer ? reduced : least;
       column = nearer ? first + k : column;
@@ -44,8 +46,8 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
           unrotated(found.key & ~kMatched, turn, costs.m)};
 }
 
-// Bids for all free rows; returns whether any was made. Without an epsilon a bid that would not lower the dual of
-// a taken column is not made: it could go round for ever.
+// Bids for all free rows; returns whether any was made. Without an epsilon a bid that would not
+// lower the dual of a taken column is not made: it could go round for ever.
 template <class T>
 __device__ bool place_bids(const Costs<T>& costs, const State& s, int num_free, double epsilon) {
   int made = 0;
@@ -95,8 +97,8 @@ __device__ inline void award(const State& s, int num_free) {
   __syncthreads();
 }
 
-// Rounds until at most `enough` rows are free, no bid can be made, or the limit is reached. Returns the free rows,
-// listed in s.list.
+// Rounds until at most `enough` rows are free, no bid can be made, or the limit is reached. Returns
+// the free rows, listed in s.list.
 template <class T>
 __device__ int bid(const Costs<T>& costs, const State& s, double epsilon, int limit, int enough,
                    int* counters) {
@@ -125,8 +127,10 @@ __device__ inline void match_nearest(const State& s, int n, int m) {
   __syncthreads();
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     const int column = s.column_of[i];
-    if (s.path[column] == i) s.row_of[column] = i;
-    else s.column_of[i] = -1;
+    if (s.path[column] == i)
+      s.row_of[column] = i;
+    else
+      s.column_of[i] = -1;
   }
   __syncthreads();
   for (int j = threadIdx.x; j < m; j += blockDim.x) s.path[j] = kNobody;

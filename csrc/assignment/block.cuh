@@ -1,11 +1,13 @@
-// Reductions of a warp and of a block. All are deterministic: minima are exact, sums have a fixed order.
+// Reductions of a warp and of a block. All are deterministic: minima are exact, sums have a fixed
+// order.
 #pragma once
 
 #include "platform.cuh"
 
 namespace croc::gpu {
 
-// Doubles as integers of the same order, so that the integer minimum of sm_80 finds the least double.
+// Doubles as integers of the same order, so that the integer minimum of sm_80 finds the least
+// double.
 __device__ inline uint64_t ordered(double x) {
   const int64_t bits = __double_as_longlong(x + 0.0);  // + 0.0: minus zero ties with zero
   return static_cast<uint64_t>(bits ^ ((bits >> 63) | INT64_MIN));
@@ -23,7 +25,8 @@ __device__ inline uint64_t warp_min(uint64_t x) {
   return static_cast<uint64_t>(least) << 32 | low;
 }
 
-// The least (value, key) pair: a distance and who has it. `none` is larger than any pair that is one.
+// The least (value, key) pair: a distance and who has it. `none` is larger than any pair that is
+// one.
 struct Least {
   uint64_t value;
   unsigned key;
@@ -36,8 +39,9 @@ __device__ inline Least warp_least(Least mine) {
   return {value, __reduce_min_sync(kAllLanes, mine.value == value ? mine.key : ~0u)};
 }
 
-// One barrier. Every warp repeats the last step, so nobody waits for a broadcast. Calls alternate between two sets
-// of slots (`turn`): a warp may write for the next call while another still reads this one's.
+// One barrier. Every warp repeats the last step, so nobody waits for a broadcast. Calls alternate
+// between two sets of slots (`turn`): a warp may write for the next call while another still reads
+// this one's.
 __device__ inline Least block_least(Least mine, int turn) {
   __shared__ Least slots[2][kWarp];
   const Least of_warp = warp_least(mine);
@@ -81,8 +85,8 @@ __device__ inline int block_count(int x, int turn) {
       __reduce_add_sync(kAllLanes, lane_id() < warp_count() ? slots[turn & 1][lane_id()] : 0u));
 }
 
-// Writes the indices below `count` for which `keep` holds to `list`, in order and at most `room` of them; returns how
-// many it wrote.
+// Writes the indices below `count` for which `keep` holds to `list`, in order and at most `room` of
+// them; returns how many it wrote.
 template <class Keep>
 __device__ int block_collect(int count, int* list, int room, Keep keep) {
   __shared__ int slots[2][kWarp];
@@ -103,8 +107,8 @@ __device__ int block_collect(int count, int* list, int room, Keep keep) {
   return min(total, room);
 }
 
-// The value of rank `rank` (0 is the least) among `count` non-negative floats, by bisection on their bits: one
-// barrier per bit. The first values stay in registers; `read(k)` gives value k.
+// The value of rank `rank` (0 is the least) among `count` non-negative floats, by bisection on
+// their bits: one barrier per bit. The first values stay in registers; `read(k)` gives value k.
 template <class Read>
 __device__ float block_select(int count, int rank, Read read) {
   constexpr int kHeld = 8;
@@ -122,8 +126,10 @@ __device__ float block_select(int count, int rank, Read read) {
     for (int h = 0; h < kHeld; ++h) below += held[h] <= middle;
     for (int k = static_cast<int>(threadIdx.x + kHeld * blockDim.x); k < count; k += blockDim.x)
       below += __float_as_uint(read(k)) <= middle;
-    if (block_count(below, turn) > rank) high = middle;
-    else low = middle + 1;
+    if (block_count(below, turn) > rank)
+      high = middle;
+    else
+      low = middle + 1;
   }
   __syncthreads();  // the next call starts again with the first slots
   return __uint_as_float(low);

@@ -1,8 +1,10 @@
 // The certificate, and the results in the caller's orientation and sign.
 //
-// For any v <= 0 the row minima u_i = min_j (c_ij - v_j) make (u, v) feasible for the dual problem, so
+// For any v <= 0 the row minima u_i = min_j (c_ij - v_j) make (u, v) feasible for the dual problem,
+// so
 //   sum_i (c_i,a(i) - v_a(i) - u_i) + sum_unmatched (-v_j)
-// bounds how far the assignment's cost is above the optimum. Every term is >= 0, and it needs only v and a.
+// bounds how far the assignment's cost is above the optimum. Every term is >= 0, and it needs only
+// v and a.
 #pragma once
 
 #include "reverse.cuh"
@@ -16,7 +18,7 @@ __global__ void measure_slack(Arguments a) {
   const int row = row_of_warp();
   if (row >= p.n || p.failed()) return;
   double least = infinity();
-  for_row(p.costs, row, [&](int first, const double(&x)[4]) {
+  for_row(p.costs, row, [&](int first, const double (&x)[4]) {
     double v[4];
     four(p.work.v, first, v);
 #pragma unroll

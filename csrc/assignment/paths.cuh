@@ -1,20 +1,22 @@
-// Shortest augmenting paths (Dijkstra over reduced costs) from the rows that bidding left free. The whole block
-// scans one row per step; a step has one barrier and one dependent load from the costs.
+// Shortest augmenting paths (Dijkstra over reduced costs) from the rows that bidding left free. The
+// whole block scans one row per step; a step has one barrier and one dependent load from the costs.
 #pragma once
 
 #include "auction.cuh"
 
 namespace croc::gpu {
 
-// Fewer threads with more columns each: a step's fixed cost in instructions is a multiple of its cost per column.
+// Fewer threads with more columns each: a step's fixed cost in instructions is a multiple of its
+// cost per column.
 constexpr int kPathThreads = 256;
 constexpr int kWorkspacePathThreads = 512;
 
 template <int kGroups>
 constexpr int kMostPathThreads = kGroups > 0 ? kPathThreads : kWorkspacePathThreads;
 
-// Where the search keeps its distances. With kGroups > 0 every thread owns 4 * kGroups nodes, in registers; with 0
-// they are in the workspace, whatever their number. Predecessors are always in s.path: they are written, not read.
+// Where the search keeps its distances. With kGroups > 0 every thread owns 4 * kGroups nodes, in
+// registers; with 0 they are in the workspace, whatever their number. Predecessors are always in
+// s.path: they are written, not read.
 template <int kGroups>
 struct Reached {
   static constexpr int kSlots = 4 * kGroups;
@@ -99,11 +101,11 @@ struct PathEnd {
   int steps;
 };
 
-// Columns as near as the row just scanned, whose own row has the same costs, join the tree at once: scanning that row
-// would reach nothing new. Returns whether there were any among these four.
+// Columns as near as the row just scanned, whose own row has the same costs, join the tree at once:
+// scanning that row would reach nothing new. Returns whether there were any among these four.
 template <int kGroups>
-__device__ bool absorb_twins(const State& s, Reached<kGroups>& reached, int slot, int first, int m, double distance,
-                             double base, int twin) {
+__device__ bool absorb_twins(const State& s, Reached<kGroups>& reached, int slot, int first, int m,
+                             double distance, double base, int twin) {
   bool any = false;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -147,15 +149,16 @@ __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<
         reached.improve(s, slot + k, first + k, base + (x[k] - v[k]), row);
         if (first + k < costs.m) nearest = lesser(nearest, reached.open(s, slot + k, first + k));
       }
-      if (nearest <= distance && absorb_twins(s, reached, slot, first, costs.m, distance, base, twin))
+      if (nearest <= distance &&
+          absorb_twins(s, reached, slot, first, costs.m, distance, base, twin))
         nearest = distance;  // no longer known; at least that
       if (nearest > least) return;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         if (first + k >= costs.m) continue;
         const double now = reached.open(s, slot + k, first + k);
-        const unsigned mine =
-            static_cast<unsigned>(first + k) | (reached.matched(s, slot + k, first + k) ? kMatched : 0u);
+        const unsigned mine = static_cast<unsigned>(first + k) |
+                              (reached.matched(s, slot + k, first + k) ? kMatched : 0u);
         if (now < least || (now == least && mine < key)) least = now, key = mine;
       }
     });
@@ -173,8 +176,8 @@ __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<
 
 // Moves the duals along the tree, then the matching along the path.
 template <class T, int kGroups>
-__device__ void augment(const Costs<T>& costs, const State& s, Reached<kGroups>& reached, int source,
-                        PathEnd end) {
+__device__ void augment(const Costs<T>& costs, const State& s, Reached<kGroups>& reached,
+                        int source, PathEnd end) {
   for_own_fours<kGroups>(costs.m, [&](int slot, int first) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {

@@ -1,5 +1,5 @@
-// What the device code needs from its compiler. It is built twice: by nvcc, and by a host compiler against
-// tests/cuda_emulation, where a block's threads are fibers. No torch here.
+// What the device code needs from its compiler. It is built twice: by nvcc, and by a host compiler
+// against tests/cuda_emulation, where a block's threads are fibers. No torch here.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,8 @@ constexpr int kWarp = 32;
 __device__ inline double infinity() { return __longlong_as_double(0x7ff0000000000000LL); }
 __device__ inline bool is_finite(double x) { return x - x == 0.0; }
 
-// Without fmin's rules for NaN, which cost instructions: a cost that is NaN ends its problem before any use of this.
+// Without fmin's rules for NaN, which cost instructions: a cost that is NaN ends its problem before
+// any use of this.
 __device__ inline double lesser(double x, double y) { return x < y ? x : y; }
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) & (kWarp - 1); }

@@ -1,7 +1,7 @@
 // One assignment problem as the kernels see it: its costs, its size, its place in the workspace.
 //
-// The solver works on n rows <= m columns. A problem with more rows than columns is read through swapped strides,
-// decided per problem on the device, since num_rows lives there.
+// The solver works on n rows <= m columns. A problem with more rows than columns is read through
+// swapped strides, decided per problem on the device, since num_rows lives there.
 #pragma once
 
 #include "block.cuh"
@@ -26,11 +26,12 @@ enum Counter {
 // What the kernels of one problem tell each other.
 struct Scalars {
   int status;
-  int low_exponent;   // every finite cost is a multiple of 2^low_exponent
-  int high_exponent;  // and smaller than 2^(high_exponent + 1)
-  int from_means;     // the start of the column duals: 1 column means, 0 zero
-  int raised;         // 1 if an unmatched column has a negative dual
-  double spread;       // local scale: distance from a row's least reduced cost to about its ninth, median row
+  int low_exponent;    // every finite cost is a multiple of 2^low_exponent
+  int high_exponent;   // and smaller than 2^(high_exponent + 1)
+  int from_means;      // the start of the column duals: 1 column means, 0 zero
+  int raised;          // 1 if an unmatched column has a negative dual
+  double spread;       // local scale: distance from a row's least reduced cost to about its ninth,
+                       // median row
   double temperature;  // of the Sinkhorn steps; 0: none
   double slack;        // Sinkhorn potential of the row that takes the m - n columns left over
   int counters[kCounters];
@@ -85,10 +86,10 @@ struct State {
   double* bid;     // (n) the bid of each in the list
   int* target;     // (n) and what it is for
   // Paths:
-  int* twin;       // (n) the first row with the same costs
-  int* waiting;    // (m) columns to release
-  double* reach;   // (m) distances, and
-  int* tree;       // (m) whether in the tree: only in the workspace, else in registers
+  int* twin;      // (n) the first row with the same costs
+  int* waiting;   // (m) columns to release
+  double* reach;  // (m) distances, and
+  int* tree;      // (m) whether in the tree: only in the workspace, else in registers
 
   __host__ __device__ int64_t carve_for_bidding(unsigned char* base, int n, int m) {
     Carver carver{base};
@@ -99,7 +100,8 @@ struct State {
     return carver.used;
   }
 
-  __host__ __device__ int64_t carve_for_paths(unsigned char* base, int n, int m, bool in_workspace) {
+  __host__ __device__ int64_t carve_for_paths(unsigned char* base, int n, int m,
+                                              bool in_workspace) {
     Carver carver{base};
     carve_matching(carver, n, m);
     twin = carver.take<int>(n);
@@ -127,7 +129,8 @@ struct Workspace {
   double* potential;   // (m) column means, then Sinkhorn potentials
   double* row_value;   // (n) row minima under the duals from the means; Sinkhorn potentials; slacks
   double* row_least;   // (n) row minima of the costs themselves
-  float* row_spread;   // (n) distance from the least to about the ninth reduced cost, under the duals from the means
+  float* row_spread;   // (n) distance from the least to about the ninth reduced cost, under the
+                       // duals from the means
   float* cost_spread;  // (n) the same under zero duals
   int* row_of;         // (m)
   int* column_of;      // (n); first the column of each row's least reduced cost
@@ -166,7 +169,7 @@ struct Costs {
   const T* base;
   int64_t row_stride, column_stride;
   int n, m;  // rows <= columns
-  T sign;  // times a power of two
+  T sign;    // times a power of two
   bool vectors;
 
   __device__ double at(int row, int column) const {
@@ -226,15 +229,21 @@ struct Problem {
     const int64_t across = a.columns;
     work.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.state_bytes);
     unit = sizeof(T) == 8 && scaled && work.scalars->high_exponent > kHugeExponent ? 0x1p100 : 1.0;
-    costs = {base, swapped ? 1 : across, swapped ? across : 1, n, m,
-             static_cast<T>((a.maximize ? -1.0 : 1.0) / unit), a.vectors && !swapped};
+    costs = {base,
+             swapped ? 1 : across,
+             swapped ? across : 1,
+             n,
+             m,
+             static_cast<T>((a.maximize ? -1.0 : 1.0) / unit),
+             a.vectors && !swapped};
   }
 
   __device__ Scalars& scalars() const { return *work.scalars; }
   __device__ bool failed() const { return work.scalars->status != kOk; }
 };
 
-// A row's own order of the columns, for ties: it starts at `turn`, far from where its neighbours start.
+// A row's own order of the columns, for ties: it starts at `turn`, far from where its neighbours
+// start.
 __device__ inline int rotation(int row, int m) {
   return static_cast<int>((static_cast<uint64_t>(row) * 2654435769u & 0xffffffffu) * m >> 32);
 }
@@ -270,11 +279,13 @@ __device__ void store_state(const Problem<T>& p, const State& s) {
   }
 }
 
-// Rounds a column dual to the grid of the costs: where their range spans fewer than 50 bits of it, all later sums
-// and differences are exact. Any number <= 0 is a valid start; what is not one becomes 0.
+// Rounds a column dual to the grid of the costs: where their range spans fewer than 50 bits of it,
+// all later sums and differences are exact. Any number <= 0 is a valid start; what is not one
+// becomes 0.
 __device__ inline double on_grid(double x, const Scalars& s) {
   if (!(x < 0.0) || !is_finite(x)) return 0.0;
-  if (s.high_exponent - s.low_exponent > 50 || s.low_exponent < -1000 || s.high_exponent > kHugeExponent)
+  if (s.high_exponent - s.low_exponent > 50 || s.low_exponent < -1000 ||
+      s.high_exponent > kHugeExponent)
     return x;
   return ldexp(rint(ldexp(x, -s.low_exponent)), s.low_exponent);
 }

@@ -1,5 +1,6 @@
-// The reverse pass. After the forward phases every row is matched, but a column that nobody took may still have a
-// negative dual: it was priced for a demand that did not come. Each such column is raised to zero, or takes a row.
+// The reverse pass. After the forward phases every row is matched, but a column that nobody took
+// may still have a negative dual: it was priced for a demand that did not come. Each such column is
+// raised to zero, or takes a row.
 #pragma once
 
 #include "paths.cuh"
@@ -12,12 +13,12 @@ __global__ void raise_columns(Arguments a) {
   const Problem<T> p(a);
   if (p.failed() || p.n == 0 || stripe_start() >= p.m || !p.scalars().raised) return;
   const int column = stripe_start() + static_cast<int>(threadIdx.x);
-  const bool mine = threadIdx.x < kStripe && column < p.m && p.work.row_of[column] < 0 &&
-                    p.work.v[column] < 0.0;
+  const bool mine =
+      threadIdx.x < kStripe && column < p.m && p.work.row_of[column] < 0 && p.work.v[column] < 0.0;
   if (!__syncthreads_or(mine)) return;
   __shared__ double rooms[kStripeThreads / kWarp][kStripe];
   double room[4] = {infinity(), infinity(), infinity(), infinity()};
-  for_stripe(p.costs, stripe_first(), [&](int row, const double(&x)[4]) {
+  for_stripe(p.costs, stripe_first(), [&](int row, const double (&x)[4]) {
     const double u = p.work.u[row];
 #pragma unroll
     for (int k = 0; k < 4; ++k) room[k] = lesser(room[k], x[k] - u);
@@ -37,10 +38,11 @@ struct Release {
   int steps;
 };
 
-// Dijkstra over columns, from one that is unmatched with a negative dual, until no column closer to zero can be found.
+// Dijkstra over columns, from one that is unmatched with a negative dual, until no column closer to
+// zero can be found.
 template <class T, int kGroups>
-__device__ Release shortest_release(const Costs<T>& costs, const State& s, Reached<kGroups>& reached,
-                                    int source) {
+__device__ Release shortest_release(const Costs<T>& costs, const State& s,
+                                    Reached<kGroups>& reached, int source) {
   reached.clear(s, costs.n);
   Release best{source, -s.v[source], 0};
   int column = source;
@@ -64,13 +66,14 @@ __device__ Release shortest_release(const Costs<T>& costs, const State& s, Reach
       if (i == row) reached.enter(s, slot, i);
     });
     column = s.column_of[row];
-    if (distance - s.v[column] < best.rise) best.rise = distance - s.v[column], best.column = column;
+    if (distance - s.v[column] < best.rise)
+      best.rise = distance - s.v[column], best.column = column;
   }
 }
 
 template <class T, int kGroups>
-__device__ void release(const Costs<T>& costs, const State& s, Reached<kGroups>& reached, int source,
-                        Release end) {
+__device__ void release(const Costs<T>& costs, const State& s, Reached<kGroups>& reached,
+                        int source, Release end) {
   for_own_rows<kGroups>(costs.n, [&](int slot, int i) {
     const double shift = end.rise - reached.get(s, slot, i);
     if (!reached.in_tree(s, slot, i) || !(shift > 0.0)) return;

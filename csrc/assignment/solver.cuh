@@ -1,11 +1,13 @@
-// The solver: which kernels run, in which order, with which shapes. `Launcher` is the CUDA stream in assignment.cu
-// and the emulator in tests/cuda_emulation, so that both run the same sequence.
+// The solver: which kernels run, in which order, with which shapes. `Launcher` is the CUDA stream
+// in assignment.cu and the emulator in tests/cuda_emulation, so that both run the same sequence.
 //
 //   struct Launcher {
-//     void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared, const Arguments&) const;
+//     void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared, const
+//     Arguments&) const;
 //   };
 //
-// No launch depends on data, so the sequence can be captured in a graph; kernels with nothing to do return at once.
+// No launch depends on data, so the sequence can be captured in a graph; kernels with nothing to do
+// return at once.
 #pragma once
 
 #include "certificate.cuh"
@@ -23,7 +25,8 @@ inline int threads_for(int wanted, int most) {
   return threads;
 }
 
-// Where the sequential phases keep their state, and how many columns a thread of the path search owns.
+// Where the sequential phases keep their state, and how many columns a thread of the path search
+// owns.
 struct Plan {
   int64_t bid_shared;   // bytes of shared memory for bidding; 0: its state is in the workspace
   int64_t path_shared;  // and for the paths
@@ -51,8 +54,10 @@ inline Plan make_plan(int max_n, int max_m, int shared_limit) {
 // Sets the layout of the workspace; returns its bytes for the whole batch.
 inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
   State s;
-  const int64_t bidding = plan.bid_shared > 0 ? 0 : s.carve_for_bidding(nullptr, a.max_n(), a.max_m());
-  const int64_t paths = plan.groups > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), true);
+  const int64_t bidding =
+      plan.bid_shared > 0 ? 0 : s.carve_for_bidding(nullptr, a.max_n(), a.max_m());
+  const int64_t paths =
+      plan.groups > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), true);
   a.state_bytes = bidding > paths ? bidding : paths;
   Workspace w;
   a.workspace_stride = w.carve(nullptr, a.max_n(), a.max_m(), a.state_bytes);
@@ -60,7 +65,8 @@ inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
 }
 
 template <class T, int kGroups, class Launcher>
-void finish(const Launcher& launch, const Arguments& a, const Plan& plan, dim3 stripes, int stripe_threads) {
+void finish(const Launcher& launch, const Arguments& a, const Plan& plan, dim3 stripes,
+            int stripe_threads) {
   const dim3 problems(a.batch);
   launch(match_rows<T, kGroups>, problems, plan.path_threads, plan.path_shared, a);
   launch(raise_columns<T>, stripes, stripe_threads, 0, a);
@@ -76,7 +82,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     const dim3 stripes(a.batch, ceil_div(a.max_m(), kStripe));
     const dim3 rows(a.batch, ceil_div(a.max_n(), kRowThreads / kWarp));
     const dim3 rows_and_slack(a.batch, rows.y + 1);
-    const int stripe_threads = threads_for(4 * a.max_n(), kStripeThreads);  // a warp: 8 rows or more
+    const int stripe_threads =
+        threads_for(4 * a.max_n(), kStripeThreads);  // a warp: 8 rows or more
     const int problem_threads = threads_for(a.max_m() / 2, kProblemThreads);
     launch(column_means<T>, stripes, stripe_threads, 0, a);
     launch(start_from_means<T>, problems, problem_threads, 0, a);
@@ -90,10 +97,14 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
     const int bid_threads = threads_for(ceil_div(a.max_m(), 4), kBidThreads);
-    launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>, problems, bid_threads, plan.bid_shared, a);
-    if (plan.groups == 2) finish<T, 2>(launch, a, plan, stripes, stripe_threads);
-    else if (plan.groups == 8) finish<T, 8>(launch, a, plan, stripes, stripe_threads);
-    else finish<T, 0>(launch, a, plan, stripes, stripe_threads);
+    launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>, problems, bid_threads,
+           plan.bid_shared, a);
+    if (plan.groups == 2)
+      finish<T, 2>(launch, a, plan, stripes, stripe_threads);
+    else if (plan.groups == 8)
+      finish<T, 8>(launch, a, plan, stripes, stripe_threads);
+    else
+      finish<T, 0>(launch, a, plan, stripes, stripe_threads);
     launch(measure_slack<T>, rows, kRowThreads, 0, a);
   }
   launch(write_results<T>, problems, kRowThreads, 0, a);

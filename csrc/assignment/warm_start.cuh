@@ -1,5 +1,5 @@
-// The start: column duals that already price the columns everybody wants. Every v <= 0 is a valid start, so nothing
-// here has to be exact; it only has to be the same on every run.
+// The start: column duals that already price the columns everybody wants. Every v <= 0 is a valid
+// start, so nothing here has to be exact; it only has to be the same on every run.
 #pragma once
 
 #include "problem.cuh"
@@ -11,7 +11,8 @@ constexpr int kStripeThreads = 512;    // and its threads: a warp takes every 16
 constexpr int kRowThreads = 256;       // row passes: a warp per row
 constexpr int kProblemThreads = 1024;  // one block per problem
 
-// Visits this block's stripe of columns: visit(row, four costs), first column of the four in `first`.
+// Visits this block's stripe of columns: visit(row, four costs), first column of the four in
+// `first`.
 template <class T, class Visit>
 __device__ void for_stripe(const Costs<T>& costs, int first, Visit visit) {
 #pragma unroll 4
@@ -22,7 +23,8 @@ __device__ void for_stripe(const Costs<T>& costs, int first, Visit visit) {
   }
 }
 
-// Visits a row with one warp: visit(first of four columns, four costs). Beyond the last column costs are +inf.
+// Visits a row with one warp: visit(first of four columns, four costs). Beyond the last column
+// costs are +inf.
 template <class T, class Visit>
 __device__ void for_row(const Costs<T>& costs, int row, Visit visit) {
 #pragma unroll 4
@@ -93,7 +95,8 @@ __device__ inline void exponents(double x, int& low, int& high) {
   high = max(high, unit + 63 - __clzll(static_cast<long long>(mantissa)));
 }
 
-// Grid (batch, stripes): column means over the finite costs; the grid of the costs; what must not be there.
+// Grid (batch, stripes): column means over the finite costs; the grid of the costs; what must not
+// be there.
 template <class T>
 __global__ void column_means(Arguments a) {
   const Problem<T> p(a, false);
@@ -104,7 +107,7 @@ __global__ void column_means(Arguments a) {
   int count[4] = {0, 0, 0, 0};
   int low = 2000, high = -2000, invalid = 0;
   const int first = stripe_first();
-  for_stripe(p.costs, first, [&](int, const double(&x)[4]) {
+  for_stripe(p.costs, first, [&](int, const double (&x)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (is_finite(x[k])) {
@@ -135,12 +138,14 @@ __global__ void column_means(Arguments a) {
   if (threadIdx.x < kStripe && column < p.m) {
     double total = 0.0;
     int used = 0;
-    for (int w = 0; w < warp_count(); ++w) total += sums[w][threadIdx.x], used += counts[w][threadIdx.x];
+    for (int w = 0; w < warp_count(); ++w)
+      total += sums[w][threadIdx.x], used += counts[w][threadIdx.x];
     p.work.potential[column] = used > 0 ? total / used : infinity();
   }
 }
 
-// v = min(0, potential - tau), tau the potential of rank n: n columns keep a negative dual, as many as get a row.
+// v = min(0, potential - tau), tau the potential of rank n: n columns keep a negative dual, as many
+// as get a row.
 template <class T>
 __device__ void threshold(const Problem<T>& p) {
   const double* potential = p.work.potential;
@@ -163,8 +168,8 @@ __global__ void start_from_means(Arguments a) {
   threshold(p);
 }
 
-// The ninth of the lanes' values, 0 if there are fewer finite ones. For the lanes' minima of a row it stands for the
-// ninth value of the row, closely enough for a temperature.
+// The ninth of the lanes' values, 0 if there are fewer finite ones. For the lanes' minima of a row
+// it stands for the ninth value of the row, closely enough for a temperature.
 __device__ inline float ninth_lane(float x) {
   int rank = 0;
   for (int other = 0; other < kWarp; ++other) {
@@ -172,7 +177,8 @@ __device__ inline float ninth_lane(float x) {
     rank += theirs < x || (theirs == x && other < lane_id());
   }
   const unsigned ninth = __ballot_sync(kAllLanes, rank == 8);
-  const float found = __shfl_sync(kAllLanes, x, ninth == 0 ? 0 : __ffs(static_cast<int>(ninth)) - 1);
+  const float found =
+      __shfl_sync(kAllLanes, x, ninth == 0 ? 0 : __ffs(static_cast<int>(ninth)) - 1);
   return is_finite(found) && found > 0.0f ? found : 0.0f;
 }
 
@@ -183,7 +189,7 @@ __global__ void compare_rows(Arguments a) {
   const int row = row_of_warp();
   if (row >= p.n || p.failed()) return;
   double least = infinity(), least_cost = infinity();
-  for_row(p.costs, row, [&](int first, const double(&x)[4]) {
+  for_row(p.costs, row, [&](int first, const double (&x)[4]) {
     double v[4];
     four(p.work.v, first, v);
 #pragma unroll
@@ -203,13 +209,15 @@ __global__ void compare_rows(Arguments a) {
   p.work.cost_spread[row] = cost_spread;
 }
 
-// Grid (batch): keep the start with the larger dual value, and set the temperature of the Sinkhorn steps.
+// Grid (batch): keep the start with the larger dual value, and set the temperature of the Sinkhorn
+// steps.
 template <class T>
 __global__ void choose_start(Arguments a) {
   const Problem<T> p(a);
   if (p.failed() || p.n == 0) return;
   double gain = 0.0;
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x) gain += p.work.row_value[i] - p.work.row_least[i];
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x)
+    gain += p.work.row_value[i] - p.work.row_least[i];
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) gain += p.work.v[j];
   const bool from_means = block_sum(gain) > 0.0;
   const float* spreads = from_means ? p.work.row_spread : p.work.cost_spread;
@@ -225,7 +233,8 @@ __global__ void choose_start(Arguments a) {
   }
 }
 
-// Grid (batch, rows / warps + 1): row potentials; the last block of a problem does the row of leftover columns.
+// Grid (batch, rows / warps + 1): row potentials; the last block of a problem does the row of
+// leftover columns.
 template <class T>
 __global__ void sinkhorn_rows(Arguments a) {
   const Problem<T> p(a);
@@ -244,7 +253,7 @@ __global__ void sinkhorn_rows(Arguments a) {
   }
   const int row = row_of_warp();
   if (row >= p.n) return;
-  for_row(p.costs, row, [&](int first, const double(&x)[4]) {
+  for_row(p.costs, row, [&](int first, const double (&x)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k)
       if (first + k < p.m) sum.add((potential[first + k] - x[k]) * scale);
@@ -263,7 +272,7 @@ __global__ void sinkhorn_columns(Arguments a) {
   __shared__ LogSum sums[kStripeThreads / kWarp][kStripe];
   const double scale = 1.0 / temperature;
   LogSum sum[4] = {LogSum::empty(), LogSum::empty(), LogSum::empty(), LogSum::empty()};
-  for_stripe(p.costs, stripe_first(), [&](int row, const double(&x)[4]) {
+  for_stripe(p.costs, stripe_first(), [&](int row, const double (&x)[4]) {
     const double f = p.work.row_value[row];
 #pragma unroll
     for (int k = 0; k < 4; ++k) sum[k].add((f - x[k]) * scale);
@@ -293,8 +302,8 @@ __device__ inline unsigned folded_bits(double x) {
   return static_cast<unsigned>(bits ^ bits >> 32);
 }
 
-// Grid (batch, rows / warps): u = min(c - v) and its column, and a hash of the row. Ties go to columns that differ
-// between rows, or equal rows would all ask for the same one.
+// Grid (batch, rows / warps): u = min(c - v) and its column, and a hash of the row. Ties go to
+// columns that differ between rows, or equal rows would all ask for the same one.
 template <class T>
 __global__ void nearest_columns(Arguments a) {
   const Problem<T> p(a);
@@ -303,7 +312,7 @@ __global__ void nearest_columns(Arguments a) {
   const int turn = rotation(row, p.m);
   double least = infinity();
   unsigned key = ~0u, hash = 0;
-  for_row(p.costs, row, [&](int first, const double(&x)[4]) {
+  for_row(p.costs, row, [&](int first, const double (&x)[4]) {
     double v[4];
     four(p.work.v, first, v);
 #pragma unroll
@@ -324,7 +333,8 @@ __global__ void nearest_columns(Arguments a) {
     atomicMax(&p.scalars().status, static_cast<int>(kInfeasible));
 }
 
-// Grid (batch, rows / warps): twin = the first row with the same costs, the row itself if there is none.
+// Grid (batch, rows / warps): twin = the first row with the same costs, the row itself if there is
+// none.
 template <class T>
 __global__ void find_twins(Arguments a) {
   const Problem<T> p(a);
@@ -337,7 +347,7 @@ __global__ void find_twins(Arguments a) {
   twin = __reduce_min_sync(kAllLanes, twin);
   if (twin != static_cast<unsigned>(row)) {  // equal hashes prove nothing
     int differs = 0;
-    for_row(p.costs, row, [&](int first, const double(&x)[4]) {
+    for_row(p.costs, row, [&](int first, const double (&x)[4]) {
       double y[4];
       p.costs.four(static_cast<int>(twin), first, y);
 #pragma unroll

@@ -32,7 +32,8 @@ struct Group {  // a warp or the block, at most one operation at a time
   Op op{};
   int site = 0;
   uint64_t total = 0;
-  uint64_t values[2][kLanes];  // shuffles: what each lane gave, for this operation and the one before
+  uint64_t values[2]
+                 [kLanes];  // shuffles: what each lane gave, for this operation and the one before
   int turn = 0;
 };
 
@@ -68,8 +69,9 @@ void pause(Wait wait) {
 
 [[noreturn]] void fail(const char* what, int site, int other) {
   if (machine.error[0] == 0)
-    std::snprintf(machine.error, sizeof machine.error, "%s (lines %d and %d, block %u %u, thread %d)", what, site,
-                  other, blockIdx.x, blockIdx.y, machine.running);
+    std::snprintf(machine.error, sizeof machine.error,
+                  "%s (lines %d and %d, block %u %u, thread %d)", what, site, other, blockIdx.x,
+                  blockIdx.y, machine.running);
   back_to_scheduler();
 }
 
@@ -82,13 +84,20 @@ uint64_t neutral(Op op) {
 
 uint64_t combine(Op op, uint64_t a, uint64_t b, int lane) {
   switch (op) {
-    case Op::kReduceMin: return std::min(a, b);
-    case Op::kReduceMax: return std::max(a, b);
-    case Op::kReduceMinSigned: return static_cast<uint64_t>(std::min<int64_t>(a, b));
-    case Op::kReduceMaxSigned: return static_cast<uint64_t>(std::max<int64_t>(a, b));
-    case Op::kReduceAdd: return a + b;
-    case Op::kBallot: return a | b << lane;
-    default: return a | b;
+    case Op::kReduceMin:
+      return std::min(a, b);
+    case Op::kReduceMax:
+      return std::max(a, b);
+    case Op::kReduceMinSigned:
+      return static_cast<uint64_t>(std::min<int64_t>(a, b));
+    case Op::kReduceMaxSigned:
+      return static_cast<uint64_t>(std::max<int64_t>(a, b));
+    case Op::kReduceAdd:
+      return a + b;
+    case Op::kBallot:
+      return a | b << lane;
+    default:
+      return a | b;
   }
 }
 
@@ -154,7 +163,8 @@ bool run_block() {
   machine.block = Group{};
   machine.warps.assign(warps, Group{});
   machine.done = 0;
-  for (int t = 0; t < machine.threads; ++t) machine.fibers[t].started = false, machine.fibers[t].wait = Wait::kReady;
+  for (int t = 0; t < machine.threads; ++t)
+    machine.fibers[t].started = false, machine.fibers[t].wait = Wait::kReady;
   std::vector<int> order(warps);
   for (int w = 0; w < warps; ++w) order[w] = w;
   while (machine.done < machine.threads) {
@@ -172,8 +182,8 @@ bool run_block() {
     if (!progress) {
       const int site = machine.block.arrived > 0 ? machine.block.site : 0;
       std::snprintf(machine.error, sizeof machine.error,
-                    "%d of %d threads wait at line %d for threads that ended or wait elsewhere", machine.block.arrived,
-                    machine.threads, site);
+                    "%d of %d threads wait at line %d for threads that ended or wait elsewhere",
+                    machine.block.arrived, machine.threads, site);
       return false;
     }
   }
@@ -222,14 +232,16 @@ const char* error() { return machine.error[0] == 0 ? nullptr : machine.error; }
 void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared) {
   constexpr uint64_t kPoison = 0x7ff4dead7ff4deadULL;  // a NaN, for whoever reads before writing
   if (machine.error[0] != 0) return;
-  if (threads % kLanes != 0 || threads < kLanes || threads > kMaxThreads || grid.x == 0 || grid.y == 0 ||
-      grid.y > 65535) {
-    std::snprintf(machine.error, sizeof machine.error, "bad launch: %d threads, grid %u x %u", threads, grid.x, grid.y);
+  if (threads % kLanes != 0 || threads < kLanes || threads > kMaxThreads || grid.x == 0 ||
+      grid.y == 0 || grid.y > 65535) {
+    std::snprintf(machine.error, sizeof machine.error, "bad launch: %d threads, grid %u x %u",
+                  threads, grid.x, grid.y);
     return;
   }
   if (machine.stacks == nullptr)
-    machine.stacks = static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    machine.stacks =
+        static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   machine.body = std::move(body);
   machine.threads = threads;
   blockDim = dim3(threads), gridDim = grid;
@@ -244,7 +256,8 @@ void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared) 
     if (!run_block()) return;
     for (size_t w = words; w < machine.shared.size(); ++w)
       if (machine.shared[w] != kPoison)
-        std::snprintf(machine.error, sizeof machine.error, "write beyond the block's shared memory");
+        std::snprintf(machine.error, sizeof machine.error,
+                      "write beyond the block's shared memory");
   }
 }
 

@@ -1,9 +1,11 @@
-// A small CUDA on the host, enough to run csrc/assignment/*.cuh as they are: blocks run one after another, the
-// threads of a block are fibers that switch only where CUDA lets threads wait for each other. The order of fibers
-// is a seeded shuffle, so a missing barrier shows as a result that depends on the seed.
+// A small CUDA on the host, enough to run csrc/assignment/*.cuh as they are: blocks run one after
+// another, the threads of a block are fibers that switch only where CUDA lets threads wait for each
+// other. The order of fibers is a seeded shuffle, so a missing barrier shows as a result that
+// depends on the seed.
 //
-// It checks what a GPU leaves undefined: a barrier that part of a block reaches elsewhere or never, and a warp
-// operation whose lanes are not all there. It does not model memory ordering inside one step of a fiber.
+// It checks what a GPU leaves undefined: a barrier that part of a block reaches elsewhere or never,
+// and a warp operation whose lanes are not all there. It does not model memory ordering inside one
+// step of a fiber.
 #pragma once
 
 #include <algorithm>
@@ -23,22 +25,35 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct float4 { float x, y, z, w; };
-struct double2 { double x, y; };
+struct float4 {
+  float x, y, z, w;
+};
+struct double2 {
+  double x, y;
+};
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
-// Host side. start() clears the error and sets the schedule: seed 0 runs threads in order, any other shuffles them.
-// After an error launch() does nothing.
+// Host side. start() clears the error and sets the schedule: seed 0 runs threads in order, any
+// other shuffles them. After an error launch() does nothing.
 void start(uint64_t seed);
 const char* error();
 void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared);
 
-// Device side. All block the calling fiber until its warp or block is complete. `site` names the source line: threads that
-// wait for each other at different lines are an error.
-enum class Op { kBarrier, kBarrierOr, kReduceMin, kReduceMax, kReduceAdd, kReduceMinSigned, kReduceMaxSigned, kBallot };
+// Device side. All block the calling fiber until its warp or block is complete. `site` names the
+// source line: threads that wait for each other at different lines are an error.
+enum class Op {
+  kBarrier,
+  kBarrierOr,
+  kReduceMin,
+  kReduceMax,
+  kReduceAdd,
+  kReduceMinSigned,
+  kReduceMaxSigned,
+  kBallot
+};
 uint64_t block_wait(Op op, uint64_t value, int site);
 uint64_t warp_reduce(Op op, uint64_t value, int site);
 uint64_t warp_shuffle(uint64_t value, int source, int site);
@@ -73,8 +88,9 @@ T update(T* address, T value) {
 }  // namespace emulation
 
 #define __syncthreads() ((void)emulation::block_wait(emulation::Op::kBarrier, 0, __LINE__))
-#define __syncthreads_or(x) \
-  (static_cast<int>(emulation::block_wait(emulation::Op::kBarrierOr, static_cast<uint64_t>((x) != 0), __LINE__)))
+#define __syncthreads_or(x)                                          \
+  (static_cast<int>(emulation::block_wait(emulation::Op::kBarrierOr, \
+                                          static_cast<uint64_t>((x) != 0), __LINE__)))
 #define __shfl_sync(mask, value, lane) emulation::shuffle(mask, value, (lane) & 31, __LINE__)
 #define __shfl_xor_sync(mask, value, step) \
   emulation::shuffle(mask, value, (static_cast<int>(threadIdx.x) & 31) ^ (step), __LINE__)
@@ -85,11 +101,13 @@ inline unsigned __reduce_min_sync(unsigned mask, unsigned x, int site = __builti
 }
 inline int __reduce_min_sync(unsigned mask, int x, int site = __builtin_LINE()) {
   emulation::check_mask(mask);
-  return static_cast<int>(emulation::warp_reduce(emulation::Op::kReduceMinSigned, static_cast<uint64_t>(x), site));
+  return static_cast<int>(
+      emulation::warp_reduce(emulation::Op::kReduceMinSigned, static_cast<uint64_t>(x), site));
 }
 inline int __reduce_max_sync(unsigned mask, int x, int site = __builtin_LINE()) {
   emulation::check_mask(mask);
-  return static_cast<int>(emulation::warp_reduce(emulation::Op::kReduceMaxSigned, static_cast<uint64_t>(x), site));
+  return static_cast<int>(
+      emulation::warp_reduce(emulation::Op::kReduceMaxSigned, static_cast<uint64_t>(x), site));
 }
 inline unsigned __reduce_add_sync(unsigned mask, unsigned x, int site = __builtin_LINE()) {
   emulation::check_mask(mask);
@@ -104,7 +122,9 @@ inline int __any_sync(unsigned mask, int x, int site = __builtin_LINE()) {
 }
 
 template <class T>
-T __ldg(const T* address) { return *address; }
+T __ldg(const T* address) {
+  return *address;
+}
 
 template <class T>
 T atomicMin(T* address, T value) {
@@ -117,14 +137,24 @@ T atomicMax(T* address, T value) {
   return emulation::update(address, std::max(*address, value));
 }
 
-inline int64_t __double_as_longlong(double x) { return emulation::from_bits<int64_t>(emulation::to_bits(x)); }
-inline double __longlong_as_double(int64_t x) { return emulation::from_bits<double>(emulation::to_bits(x)); }
-inline unsigned __float_as_uint(float x) { return emulation::from_bits<unsigned>(emulation::to_bits(x)); }
-inline float __uint_as_float(unsigned x) { return emulation::from_bits<float>(emulation::to_bits(x)); }
+inline int64_t __double_as_longlong(double x) {
+  return emulation::from_bits<int64_t>(emulation::to_bits(x));
+}
+inline double __longlong_as_double(int64_t x) {
+  return emulation::from_bits<double>(emulation::to_bits(x));
+}
+inline unsigned __float_as_uint(float x) {
+  return emulation::from_bits<unsigned>(emulation::to_bits(x));
+}
+inline float __uint_as_float(unsigned x) {
+  return emulation::from_bits<float>(emulation::to_bits(x));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
+inline int __clzll(long long x) {
+  return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 using std::fmax, std::fmin, std::ldexp, std::log, std::max, std::min, std::rint;

@@ -1,4 +1,5 @@
-// What the tests call: the solver as assignment.cu runs it, and kernels with mistakes that the emulation must notice.
+// What the tests call: the solver as assignment.cu runs it, and kernels with mistakes that the
+// emulation must notice.
 #include <vector>
 
 #include "solver.cuh"
@@ -8,7 +9,8 @@ namespace {
 using namespace croc::gpu;
 
 struct Launcher {
-  void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared, const Arguments& a) const {
+  void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
+                  const Arguments& a) const {
     emulation::launch([=] { kernel(a); }, grid, threads, shared);
   }
 };
@@ -50,23 +52,28 @@ void race(int* out) {
 
 }  // namespace
 
-// Solves a batch; `shared_limit` is what a block of the pretended device has. `counters` gets kCounters ints per
-// problem. Returns null, or what went wrong.
-extern "C" const char* emulate(const void* cost, int is_double, int batch, int rows, int columns, const void* num_rows,
-                               int wide_num_rows, int maximize, int64_t* index, double* row_dual, double* column_dual,
-                               double* gap, int32_t* status, int* counters, uint64_t seed, int64_t shared_limit) {
+// Solves a batch; `shared_limit` is what a block of the pretended device has. `counters` gets
+// kCounters ints per problem. Returns null, or what went wrong.
+extern "C" const char* emulate(const void* cost, int is_double, int batch, int rows, int columns,
+                               const void* num_rows, int wide_num_rows, int maximize,
+                               int64_t* index, double* row_dual, double* column_dual, double* gap,
+                               int32_t* status, int* counters, uint64_t seed,
+                               int64_t shared_limit) {
   emulation::start(seed);
   Arguments a{};
   a.cost = cost, a.num_rows = num_rows, a.wide_num_rows = wide_num_rows;
   a.vectors = columns % 4 == 0 && reinterpret_cast<uintptr_t>(cost) % 16 == 0;
   a.maximize = maximize, a.batch = batch, a.rows = rows, a.columns = columns;
-  a.index = index, a.row_dual = row_dual, a.column_dual = column_dual, a.gap = gap, a.status = status;
+  a.index = index, a.row_dual = row_dual, a.column_dual = column_dual, a.gap = gap,
+  a.status = status;
   const Plan plan = make_plan(a.max_n(), a.max_m(), static_cast<int>(shared_limit));
   const int64_t bytes = plan_workspace(a, plan);
   std::vector<unsigned char> workspace(bytes + 4096, kPoison);
   a.workspace = workspace.data();
-  if (is_double) solve<double>(Launcher{}, a, plan);
-  else solve<float>(Launcher{}, a, plan);
+  if (is_double)
+    solve<double>(Launcher{}, a, plan);
+  else
+    solve<float>(Launcher{}, a, plan);
   for (size_t k = bytes; k < workspace.size(); ++k)
     if (workspace[k] != kPoison) return "write beyond the workspace";
   for (int b = 0; b < batch && emulation::error() == nullptr; ++b) {
@@ -77,8 +84,10 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
   return emulation::error();
 }
 
-// Bytes of workspace, and the plan: 2 or 8 groups of columns in registers, 0 for all state in the workspace.
-extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t shared_limit, int* groups) {
+// Bytes of workspace, and the plan: 2 or 8 groups of columns in registers, 0 for all state in the
+// workspace.
+extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t shared_limit,
+                                   int* groups) {
   Arguments a{};
   a.batch = batch, a.rows = rows, a.columns = columns;
   const Plan plan = make_plan(a.max_n(), a.max_m(), static_cast<int>(shared_limit));
@@ -88,8 +97,11 @@ extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t sha
 
 extern "C" const char* run_mistake(int which, uint64_t seed, int* out) {
   emulation::start(seed);
-  void (*const mistakes[])() = {divergent_barrier, missing_threads, missing_lanes, partial_mask, shared_overrun};
-  if (which < 5) emulation::launch(mistakes[which], dim3(1), 128, 64);
-  else emulation::launch([=] { race(out); }, dim3(1), 128, 0);
+  void (*const mistakes[])() = {divergent_barrier, missing_threads, missing_lanes, partial_mask,
+                                shared_overrun};
+  if (which < 5)
+    emulation::launch(mistakes[which], dim3(1), 128, 64);
+  else
+    emulation::launch([=] { race(out); }, dim3(1), 128, 0);
   return emulation::error();
 }
