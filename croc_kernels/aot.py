@@ -40,7 +40,11 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What the compiler made of a case."""
+    """What the compiler made of a case.
+
+    On sm_100 a kernel that wants more than 512 columns of tensor memory compiles to a trap, without
+    an error: its ``has_mma`` is False.
+    """
 
     name: str
     arch: int
@@ -49,6 +53,7 @@ class CompileReport:
     shared_bytes: int
     has_wgmma: bool
     has_mma: bool
+    tensor_memory_columns: int
 
 
 def compile(case: CompileCase, arch: int) -> CompileReport:
@@ -72,6 +77,7 @@ def compile(case: CompileCase, arch: int) -> CompileReport:
         case.name, arch, registers, spills, compiled.metadata.shared,
         has_wgmma="wgmma.mma_async" in ptx,
         has_mma=re.search(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx) is not None,
+        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
     )  # fmt: skip
 
 

@@ -21,8 +21,11 @@ def run(mask, **options):
 
 
 @pytest.fixture(autouse=True)
-def _ieee(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def _ieee():
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -80,12 +83,12 @@ def test_gpu_hard_numbers(kind, dtype):
     check(run(mask, scale=1.0), q, k, v, mask, 1.0)
 
 
-def test_gpu_tf32_where_torch_allows_it(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+def test_gpu_tf32_where_torch_allows_it():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
     mask = MASKS["visual"](2, 300, "cuda")
     q, k, v = inputs(mask, 2, 2, 64, torch.float32)
     got = mixed_attention(q, k, v, mask)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
     exact = mixed_attention(*(x.double() for x in (q, k, v)), mask, backend="reference")
     error, ieee = ((x - exact).abs().max() for x in (got, mixed_attention(q, k, v, mask)))
     assert ieee < error < 5e-3

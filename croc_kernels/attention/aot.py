@@ -8,9 +8,14 @@ from . import backward, config, forward
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _ALIGNED = [["tt.divisibility", 16]]
 
-# Registers spilled on purpose, in bytes, by (kernel, head dimension); everything else must not
-# spill.
-SPILLS: dict[tuple[str, int], int] = {}
+# Accepted spills, in bytes; everything else must not spill. Each is what triton 3.7.1 gave (8, 8,
+# 124 and 68), with room for another ptxas.
+SPILLS = {
+    ("mixed_attention_bwd-one-pass-D96-bf16", 90): 64,
+    ("mixed_attention_bwd-D160-bf16", 100): 64,
+    ("mixed_attention_bwd-D128-bf16-until", 90): 192,
+    ("mixed_attention_fwd-D128-fp32", 100): 128,
+}
 
 
 def _aligned(fn: object, names: dict[str, int]) -> dict[tuple[int, ...], list]:
@@ -53,8 +58,8 @@ def forward_case(
     name = f"mixed_attention_fwd-D{dim}-{pointer[1:]}"
     name += "-softcap" * softcap + "-until" * until + "-tf32" * (precision == "tf32")
     return CompileCase(
-        name, fn, signature, constants, attrs, picked.num_warps, picked.num_stages, True,
-        SPILLS.get(("fwd", dim), 0),
+        name, fn, signature, constants, attrs, picked.num_warps, picked.num_stages,
+        dtype != torch.float32 or precision == "tf32", SPILLS.get((name, arch), 0),
     )  # fmt: skip
 
 
@@ -79,8 +84,8 @@ def backward_case(
     name = f"mixed_attention_{kind}-D{dim}-{pointer[1:]}"
     name += "-softcap" * softcap + "-until" * until + "-tf32" * (precision == "tf32")
     return CompileCase(
-        name, fn, signature, constants, attrs, picked.num_warps, picked.num_stages, True,
-        SPILLS.get((kind, dim), 0),
+        name, fn, signature, constants, attrs, picked.num_warps, picked.num_stages,
+        dtype != torch.float32 or precision == "tf32", SPILLS.get((name, arch), 0),
     )  # fmt: skip
 
 
@@ -112,12 +117,14 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases = []
     for dim in config.HEAD_DIMS:
         cases.append(forward_case(arch, dim, bf16))
-        cases.extend(backward_case(arch, dim, bf16, one_pass=one) for one in (False, True))
+        cases.append(backward_case(arch, dim, bf16, one_pass=False))
+        if config.pick_backward(arch, dim, bf16, 4096, True).one_pass:
+            cases.append(backward_case(arch, dim, bf16, one_pass=True))
     cases += [
         forward_case(arch, 128, torch.float16), forward_case(arch, 128, fp32),
-        forward_case(arch, 128, fp32, precision="tf32"),
+        forward_case(arch, 64, fp32, precision="tf32"),
         forward_case(arch, 256, bf16, softcap=True), forward_case(arch, 128, bf16, until=True),
-        backward_case(arch, 128, fp32, one_pass=False),
+        backward_case(arch, 64, fp32, one_pass=False),
         backward_case(arch, 128, bf16, one_pass=False, until=True, group=4),
         backward_case(arch, 256, bf16, one_pass=False, softcap=True), delta_case(256, bf16),
     ]  # fmt: skip

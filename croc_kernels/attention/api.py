@@ -102,7 +102,7 @@ def mixed_attention(
     A row that sees nothing gives zeros, a log-sum-exp of -inf and zero gradients. What padding and
     keys that no row sees hold, NaN and inf included, never reaches a result. Products are
     accumulated in float32 (float64 for float64 on CPU); float32 products on CUDA use tf32 if
-    ``torch.backends.cuda.matmul.allow_tf32`` is set. Under autocast q, k and v are cast to its
+    ``torch.backends.cuda.matmul`` allows it. Under autocast q, k and v are cast to its
     dtype, as for ``scaled_dot_product_attention``. A document packed with others gives the result
     it gives alone, up to the order of float32 sums; the forward is bitwise repeatable, and so is a
     batch's element whatever else is in the batch.

@@ -65,26 +65,76 @@ def split_head(dim: int) -> tuple[int, int]:
     return first, dim - first
 
 
+# Largest head dimension first matched: (dim, block_m, block_n, num_warps, num_stages).
+_FORWARD = {
+    "hopper": ((64, 128, 128, 8, 3), (192, 128, 64, 8, 3), (256, 128, 64, 8, 2)),
+    "ampere": (
+        (64, 128, 64, 4, 2),
+        (128, 128, 64, 8, 2),
+        (192, 64, 32, 4, 1),
+        (256, 128, 32, 8, 2),
+    ),
+    "small": ((64, 128, 64, 4, 2), (128, 64, 64, 4, 2), (192, 64, 32, 4, 1), (256, 64, 32, 8, 1)),
+}
+# (dim, keys' block_m and block_n, queries' block_m and block_n, num_warps, num_stages).
+_BACKWARD = {
+    "hopper": (
+        (80, 64, 128, 128, 64, 8, 2),
+        (96, 64, 64, 128, 64, 8, 2),
+        (128, 64, 128, 128, 64, 8, 2),
+        (256, 32, 64, 64, 64, 8, 2),
+    ),
+    "ampere": (
+        (64, 32, 64, 64, 64, 8, 2),
+        (96, 16, 64, 64, 16, 8, 1),
+        (128, 64, 64, 64, 64, 8, 2),
+        (192, 32, 32, 64, 32, 8, 1),
+        (256, 32, 64, 64, 32, 8, 1),
+    ),
+    "small": (
+        (64, 32, 64, 64, 64, 8, 2),
+        (80, 32, 64, 64, 32, 8, 1),
+        (96, 16, 64, 64, 16, 8, 1),
+        (128, 32, 64, 64, 32, 8, 1),
+        (256, 16, 32, 32, 16, 4, 1),
+    ),
+}
+# Tiles of dK and dV that add to dQ atomically. Chips and head dimensions without an entry take the
+# split grid: there the extra accumulator only spills.
+_ONE_PASS = {"hopper": ((64, 64, 128), (128, 64, 64))}
+
+
+def family(arch: int) -> str:
+    """Chips that share tiles: large shared memory with wgmma or tcgen05, large without, small."""
+    if arch in (90, 100, 103):
+        return "hopper"
+    return "ampere" if arch in (80, 87) else "small"
+
+
+def _row(table: tuple[tuple[int, ...], ...], dim: int) -> tuple[int, ...] | None:
+    return next((row[1:] for row in table if dim <= row[0]), None)
+
+
 def pick_forward(arch: int, dim: int, dtype: torch.dtype, length: int) -> ForwardConfig:
-    """Tiles for compute capability ``arch`` (90 for 9.0; 0 for the interpreter) and ``length``
-    rows.
-    """
+    """Tiles for compute capability ``arch`` (90 for 9.0, 0 for the interpreter)."""
     if arch == 0:
         return ForwardConfig(32, 32, 4, 1)
     if dtype == torch.float32:
         return ForwardConfig(64, 32, 4, 2) if dim <= 128 else ForwardConfig(32, 32, 4, 1)
-    return ForwardConfig(128, 64, 8, 3)
+    return ForwardConfig(*_row(_FORWARD[family(arch)], dim))
 
 
 def pick_backward(
     arch: int, dim: int, dtype: torch.dtype, length: int, one_pass: bool
 ) -> BackwardConfig:
-    """As :func:`pick_forward`, for the backward pass with or without atomic sums."""
+    """As :func:`pick_forward`; ``one_pass`` allows atomic sums where they are thought to pay."""
     if arch == 0:
         return BackwardConfig(32, 32, 32, 32, 4, 1, one_pass)
     if dtype == torch.float32:
-        return BackwardConfig(32, 32, 32, 32, 4, 1, one_pass)
-    return BackwardConfig(64, 128, 128, 64, 8, 2, one_pass)
+        return BackwardConfig(*(4 * (32 if dim <= 64 else 16,)), 8, 1)
+    split = _row(_BACKWARD[family(arch)], dim)
+    keys = _row(_ONE_PASS.get(family(arch), ()), dim) if one_pass else None
+    return BackwardConfig(*(keys or split[:2]), *split[2:], keys is not None)
 
 
 @functools.cache
@@ -112,7 +162,7 @@ def factors(scale: float, softcap: float) -> tuple[float, float]:
 
 def precision(dtype: torch.dtype) -> str:
     """Of float32 products: tf32 only where torch allows it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 
