@@ -1,6 +1,7 @@
 """The CUDA solver: in the emulation of tests/cuda_emulation, and for real where there is a GPU."""
 
 import functools
+import pathlib
 from collections.abc import Callable
 
 import numpy as np
@@ -275,6 +276,17 @@ def test_emulation_notices(mistake: str, message: str) -> None:
 def test_emulation_shows_a_race() -> None:
     outcomes = {emulator.run_mistake("race", seed)[1].tobytes() for seed in range(8)}
     assert len(outcomes) > 1
+
+
+@needs_compiler
+def test_emulated_racecheck(tmp_path: pathlib.Path) -> None:
+    """No two threads of a block touch one address without a barrier in between."""
+    mistake = emulator.racecheck(tmp_path, "mistake")
+    if "FATAL: ThreadSanitizer" in mistake.stderr:
+        pytest.skip(f"ThreadSanitizer does not run here: {mistake.stderr.strip()[:200]}")
+    assert "data race" in mistake.stderr
+    result = emulator.racecheck(tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
 
 
 @functools.cache

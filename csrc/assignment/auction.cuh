@@ -89,7 +89,9 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
   __syncthreads();
   for (int k = threadIdx.x; k < count; k += blockDim.x) {
     const int row = s.target[k];
-    if (row >= 0) s.best[row] = ~uint64_t{0}, s.path[row] = kNobody;
+    if (row < 0 || s.column_of[row] != s.list[k]) continue;
+    s.best[row] = ~uint64_t{0};
+    s.path[row] = kNobody;
   }
   __syncthreads();
 }

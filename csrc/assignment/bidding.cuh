@@ -92,7 +92,9 @@ __device__ inline void award(const State& s, int num_free) {
   __syncthreads();
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
     const int column = s.target[k];
-    if (column >= 0) s.best[column] = ~uint64_t{0}, s.path[column] = kNobody;
+    if (column < 0 || s.column_of[s.list[k]] != column) continue;  // the winner clears up
+    s.best[column] = ~uint64_t{0};
+    s.path[column] = kNobody;
   }
   __syncthreads();
 }

@@ -6,9 +6,24 @@
 #include <ucontext.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <utility>
 #include <vector>
+
+// With CROC_RACECHECK every fiber is a thread to ThreadSanitizer, ordered with others by barriers
+// alone: what the device code does to one address from two threads without a barrier in between is
+// reported, whatever the schedule. Compile only the device code with -fsanitize=thread, not this
+// file.
+#ifdef CROC_RACECHECK
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void* address);
+void __tsan_release(void* address);
+}
+#endif
 
 namespace emulation {
 namespace {
@@ -20,9 +35,10 @@ constexpr size_t kStackBytes = 64 * 1024;
 enum class Wait { kReady, kWarp, kBlock, kDone };
 
 struct Fiber {
-  ucontext_t start;
+  ucontext_t context;
   jmp_buf resume;
   bool started;
+  void* thread = nullptr;  // ThreadSanitizer's
   Wait wait;
   uint64_t result;
 };
@@ -45,6 +61,9 @@ struct Machine {
   std::vector<uint64_t> shared;
   jmp_buf scheduler;
   ucontext_t home;
+  void* home_thread = nullptr;
+  int order[3];  // addresses for ThreadSanitizer: two for barriers in turn, one between blocks
+  int barriers = 0;
   int threads = 0, running = -1, done = 0;
   bool shuffled = false;
   uint64_t random = 1;
@@ -59,12 +78,42 @@ uint64_t next_random() {
   return machine.random;
 }
 
-[[noreturn]] void back_to_scheduler() { _longjmp(machine.scheduler, 1); }
+#ifdef CROC_RACECHECK
+constexpr unsigned kWithoutOrder = 1;
+
+void release(int which) { __tsan_release(&machine.order[which]); }
+void acquire(int which) { __tsan_acquire(&machine.order[which]); }
+
+// longjmp and ThreadSanitizer do not mix.
+void leave_fiber() {
+  Fiber& fiber = machine.fibers[machine.running];
+  __tsan_switch_to_fiber(machine.home_thread, kWithoutOrder);
+  swapcontext(&fiber.context, &machine.home);
+}
+void enter_fiber(Fiber& fiber) {
+  if (fiber.thread == nullptr) fiber.thread = __tsan_create_fiber(0);
+  machine.home_thread = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(fiber.thread, kWithoutOrder);
+  swapcontext(&machine.home, &fiber.context);
+}
+#else
+void release(int) {}
+void acquire(int) {}
+
+void leave_fiber() {
+  if (_setjmp(machine.fibers[machine.running].resume) == 0) _longjmp(machine.scheduler, 1);
+}
+void enter_fiber(Fiber& fiber) {
+  if (_setjmp(machine.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.resume, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
+}
+#endif
 
 void pause(Wait wait) {
-  Fiber& fiber = machine.fibers[machine.running];
-  fiber.wait = wait;
-  if (_setjmp(fiber.resume) == 0) back_to_scheduler();
+  machine.fibers[machine.running].wait = wait;
+  leave_fiber();
 }
 
 [[noreturn]] void fail(const char* what, int site, int other) {
@@ -72,7 +121,8 @@ void pause(Wait wait) {
     std::snprintf(machine.error, sizeof machine.error,
                   "%s (lines %d and %d, block %u %u, thread %d)", what, site, other, blockIdx.x,
                   blockIdx.y, machine.running);
-  back_to_scheduler();
+  leave_fiber();
+  std::abort();  // a fiber that failed is not resumed
 }
 
 uint64_t neutral(Op op) {
@@ -124,25 +174,29 @@ uint64_t join(Group& group, Op op, uint64_t value, int site, int first, int coun
 }
 
 void fiber_main() {
+  acquire(2);
   machine.body();
+  release(2);
   machine.fibers[machine.running].wait = Wait::kDone;
   ++machine.done;
-  back_to_scheduler();
+  leave_fiber();
 }
 
 void run_fiber(int thread) {
-  Fiber& fiber = machine.fibers[thread];
   machine.running = thread;
   threadIdx = dim3(thread);
-  if (_setjmp(machine.scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.resume, 1);
-  fiber.started = true;
-  getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = machine.stacks + thread * kStackBytes;
-  fiber.start.uc_stack.ss_size = kStackBytes;
-  fiber.start.uc_link = &machine.home;
-  makecontext(&fiber.start, fiber_main, 0);
-  setcontext(&fiber.start);
+  enter_fiber(machine.fibers[thread]);
+}
+
+void prepare_fiber(int thread) {
+  Fiber& fiber = machine.fibers[thread];
+  fiber.started = false;
+  fiber.wait = Wait::kReady;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = machine.stacks + thread * kStackBytes;
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = &machine.home;
+  makecontext(&fiber.context, fiber_main, 0);
 }
 
 // Runs the ready lanes of a warp once; returns whether there were any.
@@ -163,8 +217,7 @@ bool run_block() {
   machine.block = Group{};
   machine.warps.assign(warps, Group{});
   machine.done = 0;
-  for (int t = 0; t < machine.threads; ++t)
-    machine.fibers[t].started = false, machine.fibers[t].wait = Wait::kReady;
+  for (int t = 0; t < machine.threads; ++t) prepare_fiber(t);
   std::vector<int> order(warps);
   for (int w = 0; w < warps; ++w) order[w] = w;
   while (machine.done < machine.threads) {
@@ -193,7 +246,14 @@ bool run_block() {
 }  // namespace
 
 uint64_t block_wait(Op op, uint64_t value, int site) {
-  return join(machine.block, op, value, site, 0, machine.threads, Wait::kBlock);
+  // Two addresses in turn: who hurries on to the next barrier must not seem ordered before who is
+  // still in this one.
+  const int turn = machine.barriers & 1;
+  release(turn);
+  if (machine.block.arrived + 1 == machine.threads) ++machine.barriers;
+  const uint64_t result = join(machine.block, op, value, site, 0, machine.threads, Wait::kBlock);
+  acquire(turn);
+  return result;
 }
 
 uint64_t warp_reduce(Op op, uint64_t value, int site) {
@@ -253,12 +313,14 @@ void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared) 
     const int64_t block = backwards ? blocks - 1 - (k + offset) % blocks : (k + offset) % blocks;
     blockIdx = dim3(block % grid.x, block / grid.x);
     machine.shared.assign(words + 32, kPoison);
+    release(2);
     if (!run_block()) return;
     for (size_t w = words; w < machine.shared.size(); ++w)
       if (machine.shared[w] != kPoison)
         std::snprintf(machine.error, sizeof machine.error,
                       "write beyond the block's shared memory");
   }
+  acquire(2);
 }
 
 }  // namespace emulation

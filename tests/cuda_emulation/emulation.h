@@ -78,10 +78,14 @@ T shuffle(unsigned mask, T x, int source, int site) {
   check_mask(mask);
   return from_bits<T>(warp_shuffle(to_bits(x), source, site));
 }
-template <class T>
-T update(T* address, T value) {
-  const T before = *address;
-  *address = value;
+// Relaxed, as on the device: an atomic orders nothing else.
+template <class T, class Choose>
+T update(T* address, Choose choose) {
+  maybe_switch();
+  T before = __atomic_load_n(address, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(address, &before, choose(before), true, __ATOMIC_RELAXED,
+                                      __ATOMIC_RELAXED)) {
+  }
   return before;
 }
 
@@ -128,13 +132,11 @@ T __ldg(const T* address) {
 
 template <class T>
 T atomicMin(T* address, T value) {
-  emulation::maybe_switch();
-  return emulation::update(address, std::min(*address, value));
+  return emulation::update(address, [value](T before) { return std::min(before, value); });
 }
 template <class T>
 T atomicMax(T* address, T value) {
-  emulation::maybe_switch();
-  return emulation::update(address, std::max(*address, value));
+  return emulation::update(address, [value](T before) { return std::max(before, value); });
 }
 
 inline int64_t __double_as_longlong(double x) {

@@ -42,15 +42,19 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
+_FLAGS = ["-std=c++17", "-Wno-unknown-pragmas", "-DCROC_EMULATION", f"-I{HERE}", f"-I{DEVICE_CODE}"]
+
+
+def _compile(*arguments: str | pathlib.Path) -> None:
+    subprocess.run([compiler() or "g++", *_FLAGS, *map(str, arguments)], check=True)
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The emulated solver, compiled once per process."""
     out = pathlib.Path(tempfile.mkdtemp(prefix="croc-emulation-")) / "libemulation.so"
-    sources = [str(HERE / "emulation.cpp"), str(HERE / "entry.cpp")]
-    flags = "-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -shared -fPIC".split()
-    includes = [f"-I{HERE}", f"-I{DEVICE_CODE}"]
-    command = [compiler() or "g++", *flags, "-DCROC_EMULATION", *includes, *sources, "-o", str(out)]
-    subprocess.run(command, check=True)
+    strict = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    _compile(*strict, HERE / "emulation.cpp", HERE / "entry.cpp", "-o", out)
     loaded = ctypes.CDLL(str(out))
     shutil.rmtree(out.parent)
     loaded.emulate.restype = ctypes.c_char_p
@@ -119,3 +123,27 @@ def run_mistake(name: str, seed: int = 0) -> tuple[str | None, np.ndarray]:
     out = np.zeros(128, np.int32)
     error = library().run_mistake(MISTAKES.index(name), ctypes.c_uint64(seed), _pointer(out))
     return (error.decode() if error else None), out
+
+
+def racecheck(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the solver with every device thread a thread to ThreadSanitizer, built in ``folder``.
+
+    Only barriers order threads, so two accesses to one address without a barrier in between are
+    reported whatever the schedule. Returns the finished process; its stderr holds the reports.
+    """
+    program = folder / "racecheck"
+    if not program.exists():
+        # The scheduler itself must stay invisible to the sanitizer.
+        for source, flags in (
+            ("emulation", ["-DCROC_RACECHECK"]),
+            ("racecheck", []),
+            ("entry", ["-fsanitize=thread"]),
+        ):
+            target = folder / f"{source}.o"
+            _compile("-O1", "-g", *flags, "-c", HERE / f"{source}.cpp", "-o", target)
+        objects = [folder / f"{name}.o" for name in ("emulation", "racecheck", "entry")]
+        _compile("-fsanitize=thread", *objects, "-o", program)
+    # The sanitizer's fixed addresses collide with random ones on newer kernels.
+    fixed = [setarch, "-R"] if (setarch := shutil.which("setarch")) else []
+    command = [*fixed, str(program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
