@@ -7,6 +7,7 @@ solve(const float* cost, int32_t n, int32_t m, int32_t level, int32_t rows_for_a
       int64_t* index, double* row_dual, double* column_dual, double* gap, int64_t* counts) {
   croc::AssignmentSolver<float> solver(level);
   solver.tuning.rows_for_auction = rows_for_auction;
+  if (rows_for_auction == 0) solver.tuning.scans_for_auction = 0;
   const croc::AssignmentResult result = solver.solve(cost, m, n, m, index, row_dual, column_dual);
   *gap = result.gap;
   std::memcpy(counts, &solver.counts, sizeof(solver.counts));

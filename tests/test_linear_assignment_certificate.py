@@ -1,6 +1,7 @@
-"""The certificate: zero for an optimum, a bound for everything else, infinite for no matching."""
+"""The certificate: zero for an optimum, a bound otherwise; and the makers of costs."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from croc_kernels import linear_assignment_ex
 from croc_kernels.assignment.certificate import assignment_gap
+from croc_kernels.assignment.families import FAMILIES, make_costs
 
 SHAPES = [(12, 30), (20, 20), (30, 12)]
 
@@ -133,3 +135,24 @@ def test_assignment_gap_errors(change: dict, error: type[Exception], message: st
     with pytest.raises(error) as raised:
         assignment_gap(**{**arguments, **change})
     assert str(raised.value) == message
+
+
+def test_make_costs_does_not_depend_on_the_batch() -> None:
+    for family in FAMILIES:
+        many = make_costs(family, 3, 7, 11, seed=5, dim=32)
+        assert many.shape == (3, 7, 11)
+        assert many.dtype == torch.float32
+        assert many.isfinite().all(), family
+        assert torch.equal(many[:2], make_costs(family, 2, 7, 11, seed=5, dim=32))
+
+
+def test_make_costs_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^make_costs: family must be one of \('uniform', "):
+        make_costs("gaussian", 1, 2, 3)
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(RuntimeError) as raised:
+        make_costs("pictures", 1, 2, 3)
+    assert str(raised.value) == (
+        "make_costs: family 'pictures' must find scikit-image, got none; "
+        "install it with: pip install scikit-image"
+    )

@@ -38,7 +38,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 @pytest.fixture
 def solve(library: ctypes.CDLL) -> Solve:
     def run(
-        cost: torch.Tensor, level: int, rows_for_auction: int = 32
+        cost: torch.Tensor, level: int, rows_for_auction: int = 64
     ) -> tuple[torch.Tensor, torch.Tensor, float, int, dict[str, int]]:
         assert cost.is_contiguous()
         n, m = cost.shape

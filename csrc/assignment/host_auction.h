@@ -65,12 +65,9 @@ void unmatch_all(Work<T>& w) {
   w.free_rows.clear();
 }
 
-// Replaces v by the prices of an auction, with nothing matched. False if there is no scale to begin
-// from, as where most rows have ties.
+// Replaces v by the prices of an auction, with nothing matched.
 template <class T>
-bool auction(Work<T>& w, const HostTuning& tuning) {
-  const double scale = local_scale(w, w.v);
-  if (!(scale > 0) || scale == kInfinity) return false;
+void auction(Work<T>& w, const HostTuning& tuning, double scale) {
   const int64_t limit = tuning.auction_bids * (static_cast<int64_t>(w.n) + w.m);
   double epsilon = scale * tuning.epsilon;
   for (int phase = 0; phase < tuning.auction_phases; ++phase, epsilon *= tuning.epsilon_factor) {
@@ -81,5 +78,4 @@ bool auction(Work<T>& w, const HostTuning& tuning) {
   }
   unmatch_all(w);
   for (int j = 0; j < w.m; ++j) w.v[j] = std::min(0.0, std::floor(w.v[j] / w.step) * w.step);
-  return true;
 }

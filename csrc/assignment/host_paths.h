@@ -32,9 +32,9 @@ void match_tight(Work<T>& w) {
 
 // A free row takes its best column and lowers that column's v until the second best is as good; the
 // row that had it is free again. Rows that can't gain by it (ties) and those that the limit leaves
-// are for augment().
+// are for augment(). True if the limit ended it.
 template <class T>
-void bid(Work<T>& w, const HostTuning& tuning) {
+bool bid(Work<T>& w, const HostTuning& tuning) {
   std::vector<int> queue, left;
   queue.swap(w.free_rows);
   // Short paths are cheaper than many bids: the limit is smaller for few rows.
@@ -64,6 +64,7 @@ void bid(Work<T>& w, const HostTuning& tuning) {
   left.insert(left.end(), queue.begin() + head, queue.end());
   w.free_rows.swap(left);
   w.counts.free_after_bids = w.free_rows.size();
+  return w.counts.bids >= limit;
 }
 
 // Matches row `root` along a shortest path of reduced costs to a free column. False if there is

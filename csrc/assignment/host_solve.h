@@ -13,6 +13,30 @@ double certify(const Work<T>& w, double* row_dual) {
   return gap;
 }
 
+// Matches the rows that are still free, after an auction if they are many: at once if the bids went
+// on and on, and after many steps of paths if they stopped at ties, where paths are often short.
+// False if a row has no path.
+template <class T>
+bool match_rest(Work<T>& w, const HostTuning& tuning, bool tired) {
+  bool may_auction = static_cast<int>(w.free_rows.size()) > tuning.rows_for_auction;
+  const double patience = tired ? 0.0 : tuning.scans_for_auction * w.n;
+  // Measured before paths move v: they make ties everywhere.
+  const double scale = may_auction ? local_scale(w, w.v) : 0.0;
+  may_auction = scale > 0 && scale < kInfinity;
+  for (size_t k = 0; k < w.free_rows.size(); ++k) {
+    if (may_auction && static_cast<double>(w.counts.row_scans) >= patience) {
+      may_auction = false;
+      auction(w, tuning, scale);
+      match_tight(w);
+      bid(w, tuning);
+      k = 0;
+      if (w.free_rows.empty()) break;
+    }
+    if (!augment(w, w.free_rows[k])) return false;
+  }
+  return true;
+}
+
 template <class T>
 AssignmentResult solve_prepared(Work<T>& w, const HostTuning& tuning, int64_t* index,
                                 double* row_dual, double* column_dual) {
@@ -20,13 +44,8 @@ AssignmentResult solve_prepared(Work<T>& w, const HostTuning& tuning, int64_t* i
   if (status != kOk) return {status, kInfinity};
   warm_start(w, tuning);
   match_tight(w);
-  bid(w, tuning);
-  if (static_cast<int>(w.free_rows.size()) > tuning.rows_for_auction && auction(w, tuning)) {
-    match_tight(w);
-    bid(w, tuning);
-  }
-  for (int i : w.free_rows)
-    if (!augment(w, i)) return {kInfeasible, kInfinity};
+  const bool tired = bid(w, tuning);
+  if (!match_rest(w, tuning, tired)) return {kInfeasible, kInfinity};
   reverse(w);
   std::copy(w.column_of.begin(), w.column_of.end(), index);
   std::copy(w.v.begin(), w.v.begin() + w.m, column_dual);

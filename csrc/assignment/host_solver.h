@@ -38,11 +38,12 @@ struct AssignmentCounts {
 
 // Chosen by measurement: docs/assignment.md says what else was tried.
 struct HostTuning {
-  bool means = true;          // start from column means where their dual value is higher
-  int spreads = 2;            // Sinkhorn steps behind that
-  double temperature = 0.25;  // of the local scale
-  double bids_per_row = 16;   // limit, per row that is free after the tight matching
-  int rows_for_auction = 64;  // more free rows after the bids start an auction
+  bool means = true;             // start from column means where their dual value is higher
+  int spreads = 2;               // Sinkhorn steps behind that
+  double temperature = 0.25;     // of the local scale
+  double bids_per_row = 16;      // limit, per row that is free after the tight matching
+  int rows_for_auction = 64;     // an auction needs more rows that are free after the bids
+  double scans_for_auction = 8;  // per row: steps of paths before it, if the bids ended in ties
   int auction_phases = 3;
   double epsilon = 8, epsilon_factor = 0.125;  // of the local scale, from phase to phase
   int auction_bids = 60;                       // limit, per row and column
