@@ -59,6 +59,15 @@ def _probes(
     ]
 
 
+def _answer(dataset: LlavaDataset, file: str) -> str | None:
+    """What the data says to the demo's question about a picture."""
+    for position in range(len(dataset)):
+        record = dataset.records[position][1]
+        if record.images == (file,) and QUESTION in record.turns[0].parts:
+            return record.turns[1].parts[0]
+    return None
+
+
 @torch.no_grad()
 def caption(directory: Path, picture: Path) -> str:
     """Load a saved model and have it answer the demo's question about a picture."""
@@ -94,6 +103,7 @@ def run_demo(stage_arguments: StageArguments, training: TrainingArguments) -> in
     losses = first_and_last(stage.trainer.state.log_history)
     picture = Path(stage_arguments.image_folder) / f"{CAPTIONED}.png"
     print(f"{picture.name}, {QUESTION!r}: {caption(output / FINAL, picture)!r}")
+    print(f"in the data: {_answer(stage.dataset, picture.name)!r}")
     print(f"saved: {output / FINAL}, {output / 'losses.png'}, {output / 'pictures.png'}")
     fallen = [name for name, (first, last) in losses.items() if last < first]
     if len(fallen) < len(LOSSES):

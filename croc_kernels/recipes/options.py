@@ -78,11 +78,11 @@ WARMUP = 0.03
 # The demo where it differs from the real stage; overridden in the same way.
 DEMO_DEFAULTS: dict[str, Any] = {
     "pool_size": 256,
-    "max_steps": 200,
+    "max_steps": 240,
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-3,
     "logging_steps": 1,
-    "save_steps": 50,
+    "save_steps": 60,
     "save_total_limit": 2,
 }
 
