@@ -104,8 +104,7 @@ def mixed_attention(
     accumulated in float32 (float64 for float64 on CPU); float32 products on CUDA use tf32 if
     ``torch.backends.cuda.matmul`` allows it. Under autocast q, k and v are cast to its
     dtype, as for ``scaled_dot_product_attention``. A document packed with others gives the result
-    it gives alone, up to the order of float32 sums; the forward is bitwise repeatable, and so is a
-    batch's element whatever else is in the batch.
+    it gives alone, up to the order of float32 sums; the forward is bitwise repeatable.
 
     Args:
         q: (B, H, Lq, D), float16, bfloat16, float32 (float64 on CPU and in the reference). Any

@@ -75,13 +75,10 @@ class MixedMask:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> MixedMask:
         """The same mask on another device."""
-        moved = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            moved[field.name] = (
-                None if value is None else value.to(device, non_blocking=non_blocking)
-            )
-        return MixedMask(**moved)
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return MixedMask(
+            **{n: x if x is None else x.to(device, non_blocking=non_blocking) for n, x in values}
+        )
 
     def to_dense(self) -> Tensor:
         """(B, 1, Lq, Lk) bool, True where a query sees a key. For tests and for looking: it has L²
