@@ -31,14 +31,12 @@ class PlainConfig:
 @dataclass
 class PlainSample:
     """One conversation: ``ids`` holds IMAGE once per visual token; ``images`` their (T, V) tower
-    output. ``with_images`` says whether its micro-batch has any image: where none has, the released
-    code stays causal.
+    output.
     """
 
     ids: list[int]
     labels: list[int]
     images: list[Tensor]
-    with_images: bool = True
 
 
 class PlainCroc:
@@ -93,7 +91,7 @@ class PlainCroc:
                 mask[i, j] = j <= i
                 if self.config.recipe == "croc" and image_of[i] is not None:
                     mask[i, j] = mask[i, j] or image_of[i] == image_of[j]
-                if self.config.recipe == "croc-released" and sample.with_images:
+                if self.config.recipe == "croc-released":
                     mask[i, j] = mask[i, j] or j < prefix
         return mask
 

@@ -141,6 +141,39 @@ def test_convert_there_loads_in_transformers_and_back_is_bit_equal(kind, tmp_pat
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config
 
 
+@pytest.mark.parametrize("kind", ["croc", "victor"])
+def test_converted_checkpoint_trains_and_generates(kind, tmp_path):
+    """With a tokenizer: the processor knows <image>, and our from_pretrained rebuilds the layer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+    from croc_kernels.integrations.transformers import from_pretrained
+
+    state, config = released(kind)
+    source = write(tmp_path / "source", state, config)
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1").save_pretrained(source)
+    convert(source, tmp_path / "llava")
+    model = from_pretrained(tmp_path / "llava")
+    recipe = "croc-released" if kind == "croc" else "victor"
+    assert model.croc.recipe.name == recipe
+    pool = state["model.mask_token" if kind == "croc" else "model.token_pool"]
+    assert torch.equal(model.croc.pool, pool)
+    processor = LlavaProcessor.from_pretrained(tmp_path / "llava")
+    image_token = processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert image_token == VOCAB == model.config.image_token_id
+    picture = torch.randint(0, 255, (3, 20, 30), dtype=torch.uint8)
+    batch = processor(text="w5 <image> w6 w7", images=picture, return_tensors="pt")
+    assert (batch["input_ids"] == image_token).sum() == 9
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100
+    output = model.train()(**batch, labels=labels)
+    assert output["reconstruction_loss"] > 0
+    assert model.eval().generate(**batch, max_new_tokens=2).shape[0] == 1
+
+
 def test_convert_head_gives_the_released_head(tmp_path):
     """BERT's layer by its formula, against the head that the converted weights give."""
     state, config = released("croc")

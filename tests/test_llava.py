@@ -147,6 +147,26 @@ def test_llava_prepare_gives_what_the_code_base_gives(recipe):
         assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
 
 
+def test_llava_exact_parity_shows_padding():
+    """The released mask of a sample without a label opens everything, padding included."""
+    losses = {}
+    for exact in (False, True):
+        model = build("croc-released").train()
+        attach(model, "croc-released", exact_parity=exact)
+        input_ids, mask, labels, images, shown = batch()
+        labels[1] = IGNORE
+        hidden = {}
+        model.model.norm.register_forward_hook(lambda m, a, out, h=hidden: h.update(out=out))
+        torch.manual_seed(3)
+        model(
+            input_ids=input_ids, attention_mask=mask, labels=labels, images=images,
+            images_per_sample=shown,
+        )  # fmt: skip
+        losses[exact] = hidden["out"].detach()
+    assert torch.allclose(losses[False][0], losses[True][0], atol=1e-5)
+    assert not torch.allclose(losses[False][1, :7], losses[True][1, :7], atol=1e-4)
+
+
 def test_llava_text_only_batch_touches_every_parameter():
     model = build("croc").train()
     layer = attach(model, "croc")

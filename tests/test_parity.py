@@ -292,9 +292,7 @@ def llava_batch(
         "attention_mask": pad([torch.ones(len(s.ids), dtype=torch.long) for s in samples], True, 0),
     }
     count = sum(len(s.images) for s in samples)
-    if not count:
-        samples = [PlainSample(s.ids, s.labels, [], with_images=False) for s in samples]
-    else:
+    if count:
         pixels = torch.randn(count, 3, 12, 12, generator=generator)
         with torch.no_grad():
             tower = model.model.vision_tower(pixels, output_hidden_states=True)

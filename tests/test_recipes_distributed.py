@@ -50,15 +50,7 @@ def losses_saved_in(output: Path) -> dict:
     "more",
     [
         pytest.param({"ddp_find_unused_parameters": False}, id="all-parameters-used"),
-        pytest.param(
-            {},
-            id="default",
-            marks=pytest.mark.xfail(
-                reason="DDP rebuilds the model's output, which must declare the losses that "
-                "attach adds to it",
-                strict=False,
-            ),
-        ),
+        pytest.param({}, id="default"),
     ],
 )
 def test_two_ranks_have_the_losses_of_one(more: dict, case: Case, tmp_path: Path) -> None:

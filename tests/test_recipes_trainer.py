@@ -91,11 +91,6 @@ def test_one_batch_of_four_equals_four_micro_batches(recipe: str, case: Case, tm
         torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.xfail(
-    reason="croc-released: attach gives a text-only sample the prefix attention in a batch with "
-    "images, and causal attention in a batch without",
-    strict=False,
-)
 def test_text_only_sample_has_the_same_attention_in_every_batch(case: Case, tmp_path) -> None:
     data = write_records(tmp_path / "data.json", [records()[0], records()[7]])
     common = {"recipe": "croc-released", "mask_ratio": 1.0}

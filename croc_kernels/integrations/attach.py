@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from ..layer import CrocLayer
+from . import outputs
 from .families import family_of
 from .faults import check_transformers
 from .seams import ATTRIBUTE, CONFIG_ENTRY, MODULE, Attachment
@@ -95,6 +96,7 @@ def attach(
         f"{type(model).__name__}.{MODULE}: new sub-module CrocLayer({layer.extra_repr()})",
         f"config.{CONFIG_ENTRY}: {entry}",
     ]
+    outputs.declare(model)
     attachment.connect()
     if not causal:
         attachment.switch_attention()

@@ -260,8 +260,7 @@ def _tokenizer(source: Path, report: Report) -> Any:
 
 def _write_processor(directory: Path, tokenizer: Any, config: dict[str, Any]) -> None:
     """A LlavaProcessor whose ``<image>`` has the config's id."""
-    from transformers import LlavaProcessor
-    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+    from transformers import LlavaImageProcessor, LlavaProcessor
 
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     side = config["vision_config"]["image_size"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..attention.mask import MixedMask
 from ..layer import CrocLayer, Replacement
 from .attention_interface import NAME, pack_mask, register
+from .outputs import with_losses
 from .released_modules import copy_parameters, own_parameters, own_pool
 from .splice import SplicedBatch, splice_images
 
@@ -302,6 +303,10 @@ def _forward(
         position_ids = batch.position_ids
     elif inputs_embeds is None or not stage.holds(inputs_embeds):
         stage.forget()
+        if layer.recipe.attention == "prefix" and labels is not None and not stage.exact_parity:
+            # Text alone has its prefix too; the released code leaves such a batch causal.
+            keep = None if attention_mask is None else attention_mask.bool()
+            attention_mask = pack_mask(MixedMask.from_labels(labels, attention_mask=keep))
     elif stage.mask is not None:
         # What generate() or the caller prepared.
         attention_mask = pack_mask(stage.mask)
@@ -311,9 +316,8 @@ def _forward(
     )  # fmt: skip
     if output.loss is not None:
         reconstruction = _reconstruction(layer, stage)
-        output["caption_loss"] = output.loss.detach()
-        output["reconstruction_loss"] = reconstruction.detach()
-        output["loss"] = output.loss + layer.loss_weight * reconstruction
+        loss = output.loss + layer.loss_weight * reconstruction
+        output = with_losses(output, loss, output.loss, reconstruction)
     stage.forget()
     return output
 

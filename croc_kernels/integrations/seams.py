@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import CrocLayer, Replacement
-from . import attention_interface, families, recipe_mask
+from . import attention_interface, families, outputs, recipe_mask
 
 ATTRIBUTE = "_croc_attachment"
 MODULE = "croc"
@@ -134,10 +134,7 @@ class Attachment:
         loss = caption + self.layer.loss_weight * reconstruction.to(caption.dtype)
         if plain:
             return (loss, *output[1:])
-        output["loss"] = loss
-        output["caption_loss"] = caption.detach()
-        output["reconstruction_loss"] = reconstruction.detach()
-        return output
+        return outputs.with_losses(output, loss, caption, reconstruction)
 
     # --- features -------------------------------------------------------------------------------
 
@@ -206,9 +203,13 @@ class Attachment:
     def before_language_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Hand the recipe's mask to the language model, wherever this forward brings images."""
+        """Hand the recipe's mask to the language model, wherever it differs from the model's own:
+        with images, and with labels where they end a prefix, whatever else is in the batch.
+        """
         step, attention = self.step, self.layer.recipe.attention
-        if step is None or not step.row_lengths or attention == "causal":
+        if step is None or attention == "causal":
+            return None
+        if not step.row_lengths and (attention != "prefix" or step.inputs["labels"] is None):
             return None
         if module.config._attn_implementation != attention_interface.NAME:
             raise RuntimeError(
@@ -218,7 +219,7 @@ class Attachment:
         cache = step.inputs["past_key_values"]
         recipe_mask.check_first(cache)
         incoming = kwargs.get("attention_mask")
-        length = step.inputs["input_ids"].shape[1]
+        length = self._ids().shape[1]
         window, layer_types = recipe_mask.window_of(module.config)
         keys = functools.partial(recipe_mask.key_length, cache=cache, length=length)
         if layer_types:
@@ -232,10 +233,14 @@ class Attachment:
         mask = self._mask(None if has_types else window)
         return args, kwargs | {"attention_mask": recipe_mask.packed_for(mask, keys(incoming))}
 
+    def _ids(self) -> Tensor:
+        """The token ids; the labels in their place where a batch without images has embeddings."""
+        ids = self.step.inputs["input_ids"]
+        return self.step.inputs["labels"] if ids is None else ids
+
     def _mask(self, window: int | None) -> attention_interface.MixedMask:
         """The recipe's attention over this forward's tokens."""
-        inputs = self.step.inputs
-        ids = inputs["input_ids"]
+        inputs, ids = self.step.inputs, self._ids()
         batch, length = ids.shape
         padding = recipe_mask.padding_of(inputs["attention_mask"], length)
         documents = None
