@@ -2,7 +2,7 @@
 // kernel of a whole solve.
 //
 //   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu
-//   -o /tmp/scan && /tmp/scan
+//   -o scan && ./scan
 //
 // Prints one JSON object per line. Times are medians over repeated runs, from events; the first
 // runs are dropped.
