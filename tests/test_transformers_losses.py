@@ -1,5 +1,9 @@
 """Losses under gradient accumulation, checkpointing, compile and autocast; generation."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -171,15 +175,21 @@ def test_checkpointing_the_whole_model_draws_the_same_mask():
     reason="transformers 4.57 itself asks the device how many image tokens there are",
 )
 def test_fullgraph_compile():
-    torch._dynamo.reset()
-    case = zoo.CASES["llava"]
-    model = attached(case)
-    inputs = zoo.batch(case, model)
-    torch.manual_seed(5)
-    plain = model(**inputs).loss
-    torch.manual_seed(5)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss
-    torch.testing.assert_close(compiled, plain)
+    """In a fresh process: Dynamo remembers what other tests patched."""
+    program = (
+        "import torch, transformers_zoo as zoo\n"
+        "from transformers_stage import attached\n"
+        "case = zoo.CASES['llava']\n"
+        "model = attached(case)\n"
+        "inputs = zoo.batch(case, model)\n"
+        "compiled = torch.compile(model, fullgraph=True, backend='aot_eager')\n"
+        "losses = []\n"
+        "for run in (compiled, model):\n"
+        "    torch.manual_seed(5)\n"
+        "    losses.append(run(**inputs).loss)\n"
+        "torch.testing.assert_close(*losses)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent)
 
 
 def test_bf16_autocast_and_accelerate():
