@@ -23,10 +23,10 @@ PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
 .PHONY: build test test-cpu lint bench plot demo wheel venv clean
 .DELETE_ON_ERROR:
 
-# From the start each time; `croc-kernels pretrain --demo --output croc-demo --resume` goes on instead.
+# From the start each time; `croc-kernels pretrain --demo --resume` goes on instead.
 demo: build
 	rm -rf croc-demo
-	$(PY) -m croc_kernels.cli pretrain --demo --output croc-demo $(DEMO_ARGS)
+	$(PY) -m croc_kernels.cli pretrain --demo $(DEMO_ARGS)
 
 # GPU tests run where there is a GPU and say why they are skipped elsewhere.
 test: build

@@ -117,6 +117,11 @@ def test_options_that_contradict_are_refused(change: dict, message: str) -> None
         resolve(explicit)
 
 
+def test_demo_needs_no_other_option() -> None:
+    stage, training = resolve({"demo": True})
+    assert stage.output == training.output_dir == "croc-demo"
+
+
 def test_defaults_are_the_published_stage() -> None:
     stage, training = resolve(dict(REQUIRED))
     assert (stage.recipe, stage.pool_size, stage.mask_ratio, stage.loss_weight) == (

@@ -75,6 +75,8 @@ STAGE_DEFAULTS: dict[str, Any] = {
 WARMUP = 0.03
 
 
+# Where the demo goes if nothing else is said.
+DEMO_OUTPUT = "croc-demo"
 # The demo where it differs from the real stage; overridden in the same way.
 DEMO_DEFAULTS: dict[str, Any] = {
     "pool_size": 256,
@@ -188,6 +190,8 @@ def resolve(explicit: dict[str, Any]) -> tuple[StageArguments, TrainingArguments
     config = explicit.get("config")
     values = (read_config(config) if config else {}) | explicit
     output = values.get("output", values.get("output_dir"))
+    if output is None and values.get("demo"):
+        output = DEMO_OUTPUT
     if output is None:
         raise OptionError("pretrain: --output must be given")
     if values.get("output_dir", output) != output:
