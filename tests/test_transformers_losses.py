@@ -192,6 +192,17 @@ def test_fullgraph_compile():
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent)
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps its settings per process: whatever ran before, and after, has its own."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_bf16_autocast_and_accelerate():
     """accelerate wraps forward in autocast after attach; the loss must be computed inside it."""
     from accelerate import Accelerator
