@@ -223,6 +223,8 @@ def test_fullgraph_compile(name):
     else:
         if transformers.__version__.startswith("4."):
             pytest.skip("transformers 4.57 itself asks the device how many image tokens there are")
+        if torch.__version__.startswith("2.11."):
+            pytest.skip("torch 2.11 can't compile this model with stock attention either")
         case = zoo.CASES[name]
         model = case.model()
         inputs = zoo.batch(case, model)

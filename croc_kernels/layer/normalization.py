@@ -26,8 +26,14 @@ class _Normalize(torch.autograd.Function):
         with _without_autocast(x.device):
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
             norm = norm.clamp_min(_EPSILON)
-            # Written as it is rounded: a float32 quotient of bf16 features is twice their size.
-            y = torch.div(x, norm, out=torch.empty_like(x))
+            if torch.compiler.is_compiling():
+                # The compiler fuses the rounding. Torch 2.11 gives the backward a wrong tensor if
+                # the one that is saved came from out= or a conversion to its own dtype.
+                y = x / norm
+                y = y if y.dtype == x.dtype else y.to(x.dtype)
+            else:
+                # Written as it is rounded: a float32 quotient of bf16 features is twice their size.
+                y = torch.div(x, norm, out=torch.empty_like(x))
         ctx.save_for_backward(y, norm)
         return y
 
