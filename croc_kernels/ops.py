@@ -6,8 +6,7 @@ solver is compiled: its implementations are registered by ``croc_kernels._C`` fo
 built with nvcc, for CUDA.
 
 Ops are not differentiable by themselves: each operator's ``api.py`` wraps the pair of forward and
-backward ops in a ``torch.autograd.Function``, which ``torch.compile(fullgraph=True)`` traces at a
-third of the overhead of ``register_autograd``.
+backward ops in a ``torch.autograd.Function``, which ``torch.compile(fullgraph=True)`` traces.
 """
 
 import importlib
