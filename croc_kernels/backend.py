@@ -18,12 +18,17 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-@functools.cache
+# Looked up at import: torch.compile traces resolve(), and torch 2.11 can't trace find_spec.
+_TRITON_MISSING = (
+    "triton is not installed (pip install triton)"
+    if importlib.util.find_spec("triton") is None
+    else None
+)
+
+
 def triton_missing() -> str | None:
     """Why Triton can't be used at all, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    return None
+    return _TRITON_MISSING
 
 
 def uses_triton(tensor: Tensor) -> bool:

@@ -71,6 +71,23 @@ failed = [name for name in FUNCTIONS if children[name] != 0]
 sys.exit(f"failed: {failed}" if failed else 0)
 """
 
+# As for CUDA tensors: TRITON_INTERPRET makes CPU tensors take Triton too.
+RESOLVE = """
+import warnings
+
+import torch
+
+from croc_kernels.backend import resolve
+
+
+def step(x):
+    return x + (resolve("step", "auto", x) == "triton")
+
+
+warnings.simplefilter("error")
+assert torch.compile(step, fullgraph=True, backend="eager")(torch.zeros(1)) == 1
+"""
+
 
 def run(*command: str, **environment: str) -> None:
     """Run Python in a fresh process; show its output if it fails."""
@@ -87,6 +104,11 @@ def run(*command: str, **environment: str) -> None:
 def test_token_cost_and_others_compile_as_the_first_call() -> None:
     # aot_eager traces as inductor does, and compiles no C++.
     run("-c", COMPILE, "aot_eager")
+
+
+def test_triton_is_chosen_inside_a_compiled_function() -> None:
+    # torch 2.11 can't trace importlib's find_spec; later versions warn of a cache they ignore.
+    run("-c", RESOLVE, TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("file", ["test_token_cost_kernels.py", "test_replace_tokens_kernels.py"])
