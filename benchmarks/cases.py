@@ -15,7 +15,11 @@ IMAGE_TOKENS = 576  # CLIP ViT-L/14 at 336 pixels
 
 @dataclass(frozen=True)
 class Attention:
-    """Mixed attention over ``num_images`` bidirectional images, or a visible ``prefix``."""
+    """Mixed attention over ``num_images`` bidirectional images, or a visible ``prefix``.
+
+    ``documents`` of equal length are packed into a row, each with its own images; the last
+    ``padding`` tokens of a row are padding.
+    """
 
     name: str
     batch: int
@@ -26,31 +30,44 @@ class Attention:
     num_images: int
     prefix: int = 0
     image_tokens: int = IMAGE_TOKENS
+    documents: int = 1
+    padding: int = 0
 
-    def spans(self) -> list[tuple[int, int, int]]:
-        """(sample, first, past-the-end) of every image, evenly spaced from FIRST_IMAGE on."""
-        step = (self.length - FIRST_IMAGE) // max(self.num_images, 1)
+    def images(self) -> list[tuple[int, int]]:
+        """(first, past-the-end) of a row's images, evenly spaced from FIRST_IMAGE on."""
+        size = self.length // self.documents
+        step = (size - self.padding - FIRST_IMAGE) // max(self.num_images, 1)
         firsts = [FIRST_IMAGE + i * step for i in range(self.num_images)]
-        return [(b, f, f + self.image_tokens) for b in range(self.batch) for f in firsts]
+        starts = [d * size + f for d in range(self.documents) for f in firsts]
+        return [(f, f + self.image_tokens) for f in starts]
 
     def mask(self, device: torch.device) -> MixedMask:
         """The mask, on the device."""
         if self.prefix:
             lengths = torch.full((self.batch,), self.prefix, dtype=torch.int32, device=device)
             return MixedMask.prefix(lengths, self.length)
-        spans = torch.tensor(self.spans(), dtype=torch.int32, device=device)
-        return MixedMask.from_spans(spans, self.batch, self.length)
+        rows = [(b, *image) for b in range(self.batch) for image in self.images()]
+        spans = torch.tensor(rows, dtype=torch.int32, device=device)
+        position = torch.arange(self.length, device=device).expand(self.batch, -1)
+        padding = position < self.length - self.padding if self.padding else None
+        documents = position // (self.length // self.documents) if self.documents > 1 else None
+        return MixedMask.from_spans(spans, self.batch, self.length, padding, documents)
 
-    def row_ends(self) -> Tensor:
-        """(L,) int64 past-the-end of what each row sees, from the definition."""
-        ends = torch.arange(1, self.length + 1).clamp(min=self.prefix)
-        for _, first, past in self.spans()[: self.num_images]:
+    def row_bounds(self) -> tuple[Tensor, Tensor]:
+        """(L,) int64 first and past-the-end key of what each row sees, from the definition."""
+        position = torch.arange(self.length)
+        size = self.length // self.documents
+        starts, ends = position // size * size, (position + 1).clamp(min=self.prefix)
+        for first, past in self.images():
             ends[first:past] = past
-        return ends
+        used = self.length - self.padding
+        starts[used:], ends[used:] = 0, 0
+        return starts, ends
 
     def pairs(self) -> int:
         """Visible (row, key) pairs of one head of one sample."""
-        return int(self.row_ends().sum())
+        starts, ends = self.row_bounds()
+        return int((ends - starts).sum())
 
     def forward_flops(self) -> float:
         """2 products of 2 FLOP per visible pair and component; masked pairs are not counted."""
@@ -167,9 +184,23 @@ ATTENTION_GPU = (
     Attention("hd64-8k", 2, 32, 32, 8192, 64, 8),
     Attention("croc-caption-800", 16, 32, 32, 800, 128, 1),  # 35 + 576 + a detailed caption
 )
+# Shapes where a fixed cost shows, and the lengths of Croc's own batches.
+ATTENTION_LENGTHS = (
+    Attention("B32-128", 32, 32, 32, 128, 128, 1, image_tokens=64),
+    Attention("B32-256", 32, 32, 32, 256, 128, 1, image_tokens=144),
+    Attention("B16-512", 16, 32, 32, 512, 128, 1, image_tokens=256),
+    *(Attention(f"B{b}-{n}", b, 32, 32, n, 128, 1) for n in (640, 1200) for b in (1, 4, 16)),
+    Attention("B16-1200-padded", 16, 32, 32, 1200, 128, 1, padding=300),
+    Attention("packed-8x1024", 1, 32, 32, 8192, 128, 1, documents=8),
+    Attention("B1-16k", 1, 32, 32, 16384, 128, 16),
+)
 ATTENTION_CPU = (
     Attention("tiny-256", 1, 4, 4, 256, 64, 1, image_tokens=144),
     Attention("tiny-800-prefix", 1, 4, 2, 800, 64, 0, prefix=611),
+)
+ATTENTION_LENGTHS_CPU = (
+    Attention("B2-100-padded", 2, 2, 2, 100, 64, 1, image_tokens=36, padding=20),
+    Attention("packed-2x100", 1, 2, 2, 200, 64, 1, image_tokens=36, documents=2),
 )
 COST_GPU = tuple(Matching(f"cost-B{b}", b) for b in (4, 32, 128))
 COST_CPU = (Matching("cost-B1-C256", 1, dim=256),)

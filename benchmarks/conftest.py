@@ -41,13 +41,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", chosen, ids=lambda case: case.name)
 
 
+def ours(item: pytest.Item) -> bool:
+    """Whether a row is of this package, in any of its variants."""
+    return item.callspec.params["peer"].name.startswith("croc")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The device's clock for every row, and an order in which a budget cuts peers before our rows
     and attention, which takes longest, before the rest.
     """
 
     def late(item: pytest.Item) -> tuple[bool, bool]:
-        return item.callspec.params["peer"].name != "croc", "attention" in item.path.name
+        return not ours(item), "attention" in item.path.name
 
     items.sort(key=late)
     device = torch.device(config.getoption("--device"))
@@ -85,8 +90,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, TestReport, 
         crash = getattr(report.longrepr, "reprcrash", None)
         message = (crash.message if crash else str(report.longrepr)).strip().splitlines()
         row["reason"] = f"{peer}: {message[0] if message else 'no message'}"
-        outcomes["failed" if peer == "croc" else "absent"].append(row)
-        if peer != "croc":
+        outcomes["failed" if ours(item) else "absent"].append(row)
+        if not ours(item):
             report.outcome = "skipped"
             report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {row['reason']}")
     return report

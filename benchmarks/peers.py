@@ -99,36 +99,116 @@ def _causal(backend: str) -> Callable[[Attention, torch.device], Callable]:
     return prepare
 
 
-def _flex(case: Attention, device: torch.device) -> Callable:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def flex_block_mask(case: Attention, device: torch.device) -> object:
+    """FlexAttention's mask of the case, one for all samples and heads."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    ends = case.row_ends().to(device)
-    block_mask = create_block_mask(
-        lambda b, h, i, j: j < ends[i], None, None, case.length, case.length, device=device
-    )
-    compiled = torch.compile(flex_attention, dynamic=False)
-    gqa = case.heads != case.kv_heads
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask, enable_gqa=gqa)
+    starts, ends = (x.to(device) for x in case.row_bounds())
+    length = case.length
+    if not starts.any():
+        return create_block_mask(
+            lambda b, h, i, j: j < ends[i], None, None, length, length, device=device
+        )
+    return create_block_mask(
+        lambda b, h, i, j: (j >= starts[i]) & (j < ends[i]), None, None, length, length,
+        device=device,
+    )  # fmt: skip
 
 
-def _flash4(case: Attention, device: torch.device) -> Callable:
+def _flex(**options: object) -> Callable[[Attention, torch.device], Callable]:
+    def prepare(case: Attention, device: torch.device) -> Callable:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        block_mask = flex_block_mask(case, device)
+        compiled = torch.compile(flex_attention, dynamic=False)
+        gqa = case.heads != case.kv_heads
+        return lambda q, k, v: compiled(
+            q, k, v, block_mask=block_mask, enable_gqa=gqa, kernel_options=options or None
+        )
+
+    return prepare
+
+
+def _two_calls(case: Attention, device: torch.device) -> Callable:
+    """A visible prefix as two flash calls: its rows see all of it, the later rows are causal."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.bias import causal_lower_right
+
+    past, length = case.prefix, case.length
+    if not past:
+        pytest.skip("fa2-two-calls: only a single prefix is two calls")
+    bias, gqa = causal_lower_right(length - past, length), case.heads != case.kv_heads
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            head = F.scaled_dot_product_attention(
+                q[:, :, :past], k[:, :, :past], v[:, :, :past], enable_gqa=gqa
+            )
+            tail = F.scaled_dot_product_attention(
+                q[:, :, past:], k, v, attn_mask=bias, enable_gqa=gqa
+            )
+        return torch.cat([head, tail], dim=2)
+
+    return run
+
+
+def _flash4(**options: object) -> Callable:
+    """FlashAttention-4 on (B, L, H, D) views of (B, H, L, D) tensors."""
     from flash_attn.cute import flash_attn_func
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), causal=True)
+        out = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **options)
         return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
 
     return run
 
 
+def _flash4_mask(case: Attention, device: torch.device) -> Callable:
+    """The mask as a function of FlashAttention-4's own, with block sparsity in both directions."""
+    import cutlass
+    from cutlass import cute
+    from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+
+    @cute.jit
+    def visible(batch, head, row, key, seqlen_info, aux_tensors):
+        end = cute.make_rmem_tensor(1, cutlass.Int32)
+        end[0] = aux_tensors[0][row[0]]
+        return key < end.load()
+
+    mask = flex_block_mask(case, device)
+    sizes = {"block_size": mask.BLOCK_SIZE}
+    return _flash4(
+        mask_mod=visible,
+        aux_tensors=[case.row_bounds()[1].to(device, torch.int32)],
+        block_sparse_tensors=BlockSparseTensorsTorch(
+            mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
+            **sizes,
+        ),
+        block_sparse_tensors_bwd=BlockSparseTensorsTorch(
+            mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices, **sizes
+        ),
+    )  # fmt: skip
+
+
 ATTENTION = (
     Peer("sdpa-dense", _sdpa_dense),
-    Peer("flex", _flex, needs_cuda),
+    Peer("flex", _flex(), needs_cuda),
+    Peer("flex-flash", _flex(BACKEND="FLASH"), needs("flash_attn.cute", cuda=True)),
+    Peer("fa4-mask-mod", _flash4_mask, needs("flash_attn.cute", cuda=True)),
+    Peer("fa2-two-calls", _two_calls, needs_cuda),
     Peer("cudnn-dense", _cudnn_dense, needs_cuda),
     Peer("fa2-causal", _causal("FLASH_ATTENTION"), needs_cuda, same_problem=False),
     Peer("cudnn-causal", _causal("CUDNN_ATTENTION"), needs_cuda, same_problem=False),
-    Peer("fa4-causal", _flash4, needs("flash_attn.cute", cuda=True), same_problem=False),
+    Peer(
+        "fa4-causal",
+        lambda case, device: _flash4(causal=True),
+        needs("flash_attn.cute", cuda=True),
+        same_problem=False,
+    ),
 )
+
+
+SWEEP = tuple(peer for peer in ATTENTION if peer.name in ("flex", "cudnn-causal"))
 
 
 # --- costs: prepare() -> call(tokens (B, N, C), pool (M, C)) --------------------------------------

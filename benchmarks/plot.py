@@ -23,7 +23,7 @@ def newest() -> list[Path]:
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Grouped bars: cases along x, one bar per provider, median with the span of q20 to q80."""
     cases = list(dict.fromkeys(r["case"] for r in rows))
-    providers = sorted({r["provider"] for r in rows}, key=lambda p: (p != "croc", p))
+    providers = sorted({r["provider"] for r in rows}, key=lambda p: (not p.startswith("croc"), p))
     width = 0.8 / len(providers)
     figure, axes = plt.subplots(figsize=(max(6.0, 1.3 * len(cases) + 2), 4.0))
     for i, provider in enumerate(providers):

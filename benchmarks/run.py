@@ -107,7 +107,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         groups.setdefault((row["op"], row["case"], row["direction"]), []).append(row)
     lines = []
     for (op, case, direction), members in groups.items():
-        members.sort(key=lambda r: (r["provider"] != "croc", r["median_ms"]))
+        members.sort(key=lambda r: (not r["provider"].startswith("croc"), r["median_ms"]))
         times = "  ".join(f"{m['provider']} {m['median_ms']:.3f}" for m in members)
         lines.append(f"{op:20} {case:18} {direction:8} ms: {times}")
     return "\n".join(lines)

@@ -14,15 +14,20 @@ from croc_kernels.testing import EPSILON, max_error
 from . import cases, peers
 from .timing import Ceiling, Work, measure
 
-FLOPS = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}
+FLOPS = {"fwd": 1.0, "bwd": 2.5}
 
 
-def _croc(case: cases.Attention, device: torch.device) -> Callable:
-    mask = case.mask(device)
-    return lambda q, k, v: mixed_attention(q, k, v, mask)
+def _croc(deterministic: bool) -> Callable:
+    def prepare(case: cases.Attention, device: torch.device) -> Callable:
+        mask = case.mask(device)
+        return lambda q, k, v: mixed_attention(q, k, v, mask, deterministic=deterministic)
+
+    return prepare
 
 
-CROC = peers.Peer("croc", _croc)
+CROC = peers.Peer("croc", _croc(False))
+DETERMINISTIC = peers.Peer("croc-deterministic", _croc(True))  # differs in the backward only
+OURS = (CROC, DETERMINISTIC)
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -56,7 +61,9 @@ def _results(call: Callable, qkv: list[Tensor], grad: Tensor) -> list[Tensor]:
 def _budget(case: cases.Attention, device: torch.device) -> tuple[list[Tensor], list[float]]:
     """Float64 results of the first group, and what each may err: twice PyTorch's error."""
     qkv, grad = _one_group(case, *_inputs(case, device))
-    dense = case.row_ends().to(device)[:, None] > torch.arange(case.length, device=device)
+    starts, ends = (x.to(device)[:, None] for x in case.row_bounds())
+    keys = torch.arange(case.length, device=device)
+    dense = (keys >= starts) & (keys < ends)
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=dense, enable_gqa=True)
@@ -85,16 +92,11 @@ def _timed(call: Callable, qkv: list[Tensor], grad: Tensor, direction: str) -> C
     if direction == "fwd":
         plain = [x.detach() for x in qkv]
         return lambda: call(*plain)
-    if direction == "bwd":
-        out = call(*qkv)
-        return lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True)
-    return lambda: torch.autograd.grad(call(*qkv), qkv, grad)
+    out = call(*qkv)
+    return lambda: torch.autograd.grad(out, qkv, grad, retain_graph=True)
 
 
-@pytest.mark.cases(cuda=cases.ATTENTION_GPU, cpu=cases.ATTENTION_CPU)
-@pytest.mark.parametrize("direction", FLOPS)
-@pytest.mark.parametrize("peer", [CROC, *peers.ATTENTION], ids=lambda peer: peer.name)
-def test_mixed_attention(
+def _run(
     benchmark: object,
     device: torch.device,
     ceiling: Ceiling,
@@ -102,12 +104,13 @@ def test_mixed_attention(
     peer: peers.Peer,
     direction: str,
 ) -> None:
+    """One row: errors first, then time."""
     peer.require(device, case.batch)
     error = None
     flops = case.forward_flops() * FLOPS[direction]
     if peer.same_problem:
         error = _error(case, peer, device)
-        assert peer is not CROC or error <= 1.0, f"error is {error:.2f} times its budget"
+        assert peer not in OURS or error <= 1.0, f"error is {error:.2f} times its budget"
     else:
         flops *= case.length * (case.length + 1) / 2 / case.pairs()
     qkv, grad = _inputs(case, device)
@@ -117,3 +120,36 @@ def test_mixed_attention(
         op="mixed_attention", case=case.name, provider=peer.name, direction=direction,
         error_over_budget=error, same_problem=peer.same_problem,
     )  # fmt: skip
+
+
+def rows(ours: tuple[peers.Peer, ...], others: tuple[peers.Peer, ...]) -> list:
+    """(peer, direction) pairs; the two of ours share a forward."""
+    pairs = [(peer, direction) for peer in (*ours, *others) for direction in FLOPS]
+    pairs.remove((DETERMINISTIC, "fwd"))
+    return [pytest.param(p, d, id=f"{p.name}-{d}") for p, d in pairs]
+
+
+@pytest.mark.cases(cuda=cases.ATTENTION_GPU, cpu=cases.ATTENTION_CPU)
+@pytest.mark.parametrize(("peer", "direction"), rows(OURS, peers.ATTENTION))
+def test_mixed_attention(
+    benchmark: object,
+    device: torch.device,
+    ceiling: Ceiling,
+    case: cases.Attention,
+    peer: peers.Peer,
+    direction: str,
+) -> None:
+    _run(benchmark, device, ceiling, case, peer, direction)
+
+
+@pytest.mark.cases(cuda=cases.ATTENTION_LENGTHS, cpu=cases.ATTENTION_LENGTHS_CPU)
+@pytest.mark.parametrize(("peer", "direction"), rows(OURS, peers.SWEEP))
+def test_mixed_attention_lengths(
+    benchmark: object,
+    device: torch.device,
+    ceiling: Ceiling,
+    case: cases.Attention,
+    peer: peers.Peer,
+    direction: str,
+) -> None:
+    _run(benchmark, device, ceiling, case, peer, direction)
