@@ -65,15 +65,6 @@ def test_kernels_shared_key_heads(group):
     check(run(mask), *inputs(mask, 2 * group, 2, 16, torch.float16), mask, 0.25)
 
 
-@pytest.mark.parametrize("name", ["visual", "window"])
-def test_kernels_three_loops(name, monkeypatch):
-    monkeypatch.setattr(
-        config, "pick_forward", lambda *_: config.ForwardConfig(32, 32, 4, 1, one_loop=False)
-    )
-    mask = MASKS[name](1, 100, "cpu")
-    check(run(mask), *inputs(mask, 1, 1, 16, torch.float32), mask, 0.25)
-
-
 @pytest.mark.parametrize("kind", ["large", "outlier", "equal"])
 def test_kernels_hard_numbers(kind):
     mask = MASKS["window"](1, 70, "cpu")

@@ -1,7 +1,7 @@
 """Tile shapes of the attention kernels: pure functions of chip, head dimension and dtype.
 
-The numbers were chosen by compiling for each chip without running (registers, spills, shared
-memory: docs/attention.md); none has been timed yet.
+Those of sm_90's forward pass were timed on an H200, the others chosen by compiling without running
+(registers, spills, shared memory): docs/attention.md.
 """
 
 import contextlib
@@ -31,11 +31,10 @@ class ForwardConfig:
     block_n: int
     num_warps: int
     num_stages: int
-    one_loop: bool = True
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "ONE_LOOP": self.one_loop}
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n}
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,12 @@ def split_head(dim: int) -> tuple[int, int]:
 
 # Largest head dimension first matched: (dim, block_m, block_n, num_warps, num_stages).
 _FORWARD = {
-    "hopper": ((64, 128, 128, 8, 3), (192, 128, 64, 8, 3), (256, 128, 64, 8, 2)),
+    "hopper": (
+        (64, 64, 64, 4, 3),
+        (128, 128, 128, 8, 3),
+        (192, 128, 64, 8, 3),
+        (256, 128, 64, 8, 2),
+    ),
     "ampere": (
         (64, 128, 64, 4, 2),
         (128, 128, 64, 8, 2),

@@ -13,10 +13,12 @@ from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
 def _visit(
     acc1, acc2, top, total, q1, q2, row_low, row_high, rows, k_base, v_base, until_base, stride_k,
     stride_v, first, full, end_full, past, low, high, inner, outer,
-    D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr, MASK: tl.constexpr,
+    D1: tl.constexpr, D2: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_UNTIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold key tiles [first, past) in; MASK 0: no tile, 1: all, 2: those not seen wholly."""
+    """Fold key tiles [first, past) in; those in [full, end_full) are seen wholly, if no key has its
+    own bound.
+    """
     offs = tl.arange(0, BLOCK_N)
     cols1, cols2 = tl.arange(0, D1), D1 + tl.arange(0, D2 if D2 > 0 else 16)
     for n in tl.range(first, past, BLOCK_N):
@@ -30,14 +32,14 @@ def _visit(
         k1 = load_tile(k_base, n, offs, cols1, stride_k, keep)
         k2 = load_tile(k_base, n, offs, cols2, stride_k, keep) if D2 > 0 else k1
         scores = bounded(products(q1, q2, k1, k2, D2, PRECISION), inner, HAS_SOFTCAP)
-        if MASK == 1 or (MASK == 2 and ((n < full) | (n >= end_full))):
+        if HAS_UNTIL or ((n < full) | (n >= end_full)):
             scores = hide(
                 scores, keys[None, :], row_low[:, None], row_high[:, None],
                 until[None, :], rows[:, None], HAS_UNTIL,
             )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1) * outer)
         # A row that has seen nothing yet has no maximum: shift by 0, not by -inf.
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASK else new_top
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp2(scores * outer - shift[:, None])
         decay = tl.exp2(top - shift)
         total = total * decay + tl.sum(weights, 1)
@@ -55,7 +57,7 @@ def _visit(
 def _mixed_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, bounds, strides, inner, outer, num_queries, num_keys,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_LOOP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_UNTIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_M, D) tile of the output per program, last first; grid = (tiles * B * H,)."""
@@ -92,22 +94,11 @@ def _mixed_attention_fwd_kernel(
     acc2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if ONE_LOOP:
-        acc1, acc2, top, total = _visit(
-            acc1, acc2, top, total, q1, q2, row_low, row_high, rows, k_base, v_base, until_base,
-            k_l, v_l, first, full, end_full, past, low, high, inner, outer,
-            D1, D2, BLOCK_N, 1 if HAS_UNTIL else 2, HAS_SOFTCAP, HAS_UNTIL, PRECISION,
-        )  # fmt: skip
-    else:
-        for part in tl.static_range(3):
-            begin = first if part == 0 else (full if part == 1 else end_full)
-            stop = full if part == 0 else (end_full if part == 1 else past)
-            acc1, acc2, top, total = _visit(
-                acc1, acc2, top, total, q1, q2, row_low, row_high, rows, k_base, v_base, until_base,
-                k_l, v_l, begin, full, end_full, stop, low, high, inner, outer,
-                D1, D2, BLOCK_N, 1 if HAS_UNTIL or part != 1 else 0, HAS_SOFTCAP, HAS_UNTIL,
-                PRECISION,
-            )  # fmt: skip
+    acc1, acc2, top, total = _visit(
+        acc1, acc2, top, total, q1, q2, row_low, row_high, rows, k_base, v_base, until_base,
+        k_l, v_l, first, full, end_full, past, low, high, inner, outer,
+        D1, D2, BLOCK_N, HAS_SOFTCAP, HAS_UNTIL, PRECISION,
+    )  # fmt: skip
 
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     out_base = out_ptr + batch * o_b + head * o_h
