@@ -173,6 +173,24 @@ class Replacement:
         return index.to(device)
 
 
+@dataclass(frozen=True)
+class Training:
+    """A LLaVA of Llama blocks, one image per sample, between a prompt and a caption."""
+
+    name: str
+    batch: int
+    length: int
+    layers: int
+    dim: int = 4096
+    image_tokens: int = IMAGE_TOKENS
+    pool_size: int = 2048
+
+    def flops(self) -> float:
+        """6 per weight of the blocks and token; attention and the stage not counted."""
+        weights = self.layers * (4 * self.dim**2 + 3 * self.dim * (self.dim * 43 // 16))
+        return 6.0 * weights * self.batch * self.length
+
+
 ATTENTION_GPU = (
     Attention("croc-1k", 4, 32, 32, 1024, 128, 1),
     Attention("croc-1k-prefix", 4, 32, 32, 1024, 128, 0, prefix=641),
@@ -218,3 +236,5 @@ REPLACEMENT_GPU = (Replacement("croc-1k-B16", 16, 1024), Replacement("croc-2k-B3
 REPLACEMENT_CPU = (Replacement("croc-800-B2-C512", 2, 800, dim=512),)
 STEP_GPU = (Matching("step-init-B4", 4), Matching("step-trained-B32", 32, kind="trained"))
 STEP_CPU = (Matching("step-trained-B1-C512", 1, kind="trained", dim=512),)
+TRAINING_GPU = (Training("llava-7b-B4", 4, 1024, 32),)
+TRAINING_CPU = (Training("tiny-B2", 2, 128, 2, dim=256, image_tokens=64, pool_size=128),)
