@@ -27,21 +27,11 @@ def test_config_tiles_are_powers_of_two_that_fit(arch, dim, dtype):
     picked = config.pick_forward(arch, dim, dtype, 4096)
     assert picked == config.pick_forward(arch, dim, dtype, 4096)
     sizes = [picked.block_m, picked.block_n]
-    for one_pass in (False, True):
-        backward = config.pick_backward(arch, dim, dtype, 4096, one_pass)
-        sizes += [v for k, v in backward.constants().items() if k != "ONE_PASS"]
+    sizes += config.pick_backward(arch, dim, dtype, 4096).constants().values()
     assert all(size >= 16 and size & (size - 1) == 0 for size in sizes)
     # Pipelined K and V tiles; the compiler's own figure is checked by the offline compilation.
     buffered = 2 * picked.num_stages * picked.block_n * dim * dtype.itemsize
     assert buffered <= SHARED[arch] * 1024
-
-
-def test_config_takes_atomic_sums_only_where_asked_and_known():
-    for dim in config.HEAD_DIMS:
-        for arch in (*SHARED, 0):
-            assert not config.pick_backward(arch, dim, torch.bfloat16, 4096, False).one_pass
-            picked = config.pick_backward(arch, dim, torch.bfloat16, 4096, True)
-            assert picked.one_pass == (arch == 0 or (arch in (90, 100, 103) and dim <= 128))
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(0.125, 0.0), (0.5, 30.0)])

@@ -65,9 +65,9 @@ def _row_statistics(lse_base, delta_base, rows, keep):
 @triton.jit
 def _key_gradients(
     dk1, dk2, dv1, dv2, k1, k2, v1, v2, key_low, key_high, q_base, g_base, lse_base, delta_base,
-    dq_base, q_l, g_l, dq_l, first, full, end_full, past, low, high, inner, outer, scale,
+    q_l, g_l, first, full, end_full, past, low, high, inner, outer,
     D1: tl.constexpr, D2: tl.constexpr, BLOCK_M: tl.constexpr, ALL_MASKED: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, ONE_PASS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the row tiles [first, past) of one query head give to a tile of keys and values."""
     offs = tl.arange(0, BLOCK_M)
@@ -99,13 +99,6 @@ def _key_gradients(
         if D2 > 0:
             dv2 = tl.dot(weights, g2, dv2, input_precision=PRECISION)
             dk2 = tl.dot(grad_s, q2, dk2, input_precision=PRECISION)
-        if ONE_PASS:
-            pointers = dq_base + tl.cast(m, tl.int64) * dq_l + offs[:, None] * dq_l
-            dq1 = tl.dot(tl.trans(grad_s), k1, input_precision=PRECISION) * scale
-            tl.atomic_add(pointers + cols1[None, :], dq1, mask=keep[:, None], sem="relaxed")
-            if D2 > 0:
-                dq2 = tl.dot(tl.trans(grad_s), k2, input_precision=PRECISION) * scale
-                tl.atomic_add(pointers + cols2[None, :], dq2, mask=keep[:, None], sem="relaxed")
     return dk1, dk2, dv1, dv2
 
 
@@ -114,14 +107,14 @@ def _dkdv_program(
     program, tensors, stats, grads, bounds, strides, inner, outer, scale, num_queries, num_keys,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_UNTIL: tl.constexpr, ONE_PASS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_UNTIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one (BLOCK_N, D) tile of keys and values, over all query heads that share it."""
     q_ptr, k_ptr, v_ptr, g_ptr = tensors
     lse_ptr, delta_ptr = stats
-    dq_ptr, dk_ptr, dv_ptr = grads
+    dk_ptr, dv_ptr = grads[1], grads[2]
     row_start_ptr, row_end_ptr, until_ptr = bounds[2], bounds[3], bounds[4]
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l, dq_b, dq_h, dq_l = strides[:15]
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l = strides[:12]
     dk_b, dk_h, dk_l, dv_b, dv_h, dv_l = strides[15:]
     tiles = tl.cdiv(num_keys, BLOCK_N)
     key = program % tiles * BLOCK_N
@@ -161,9 +154,9 @@ def _dkdv_program(
         dk1, dk2, dv1, dv2 = _key_gradients(
             dk1, dk2, dv1, dv2, k1, k2, v1, v2, key_low, key_high,
             q_ptr + batch * q_b + head * q_h, g_ptr + batch * g_b + head * g_h,
-            lse_ptr + statistics, delta_ptr + statistics, dq_ptr + batch * dq_b + head * dq_h,
-            q_l, g_l, dq_l, first, full, end_full, past, low, high, inner, outer, scale,
-            D1, D2, BLOCK_M, HAS_UNTIL, HAS_SOFTCAP, ONE_PASS, PRECISION,
+            lse_ptr + statistics, delta_ptr + statistics, q_l, g_l,
+            first, full, end_full, past, low, high, inner, outer,
+            D1, D2, BLOCK_M, HAS_UNTIL, HAS_SOFTCAP, PRECISION,
         )  # fmt: skip
     dk_base = dk_ptr + batch * dk_b + key_head * dk_h
     dv_base = dv_ptr + batch * dv_b + key_head * dv_h
@@ -256,19 +249,16 @@ def _mixed_attention_bwd_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     KEYS_BLOCK_M: tl.constexpr, KEYS_BLOCK_N: tl.constexpr,
     QUERIES_BLOCK_M: tl.constexpr, QUERIES_BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_UNTIL: tl.constexpr, ONE_PASS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_UNTIL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First ``key_programs`` programs: one tile of dK and dV each; the others: one tile of dQ each.
-
-    With ONE_PASS there are no others: the tiles of dK and dV add to a float32 dQ atomically.
-    """
+    """First ``key_programs`` programs: one tile of dK and dV each; others: one tile of dQ each."""
     program = tl.program_id(0)
-    if ONE_PASS or program < key_programs:
+    if program < key_programs:
         _dkdv_program(
             program, tensors, stats, grads, bounds, strides, inner, outer, scale, num_queries,
             num_keys, HEADS, GROUP, D1, D2, KEYS_BLOCK_M, KEYS_BLOCK_N, HAS_SOFTCAP, HAS_UNTIL,
-            ONE_PASS, PRECISION,
+            PRECISION,
         )  # fmt: skip
     else:
         _dq_program(
@@ -308,29 +298,22 @@ def mixed_attention_bwd(
     """Op ``mixed_attention_bwd`` on CUDA: gradients of q, k and v."""
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    picked = config.pick_backward(
-        config.arch_of(q), q.shape[3], q.dtype, q.shape[2], one_pass=not deterministic
-    )
+    picked = config.pick_backward(config.arch_of(q), q.shape[3], q.dtype, q.shape[2])
     grads = [_empty_heads_last(x) for x in (q, k, v)]
     if k.numel() == 0 or q.numel() == 0:
         return tuple(g.zero_() for g in grads)
-    sums = grads
-    if picked.one_pass:
-        sums = [torch.zeros_like(grads[0], dtype=torch.float32), *grads[1:]]
     (batch, heads, length, _), (_, key_heads, num_keys, _) = q.shape, k.shape
     key_programs = triton.cdiv(num_keys, picked.keys_block_n) * batch * key_heads
     query_programs = triton.cdiv(length, picked.queries_block_m) * batch * heads
     with config.on_device(q):
         delta = _delta(out, grad_out, grad_lse)
-        _mixed_attention_bwd_kernel[(key_programs + (0 if picked.one_pass else query_programs),)](
-            (q, k, v, grad_out), (lse, delta), tuple(sums),
+        _mixed_attention_bwd_kernel[(key_programs + query_programs,)](
+            (q, k, v, grad_out), (lse, delta), tuple(grads),
             (start, end, row_start, row_end, end if visible_until is None else visible_until),
-            tuple(s for x in (q, k, v, grad_out, *sums) for s in x.stride()[:3]),
+            tuple(s for x in (q, k, v, grad_out, *grads) for s in x.stride()[:3]),
             *config.factors(scale, softcap), scale, length, num_keys, key_programs,
             HAS_UNTIL=visible_until is not None, HAS_SOFTCAP=softcap != 0.0,
             **config.shape_constants(q, k), **picked.constants(),
             num_warps=picked.num_warps, num_stages=picked.num_stages,
         )  # fmt: skip
-    if picked.one_pass:
-        grads[0].copy_(sums[0])
     return tuple(grads)

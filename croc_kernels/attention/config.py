@@ -47,14 +47,12 @@ class BackwardConfig:
     queries_block_n: int
     num_warps: int
     num_stages: int
-    one_pass: bool = False
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
         return {
             "KEYS_BLOCK_M": self.keys_block_m, "KEYS_BLOCK_N": self.keys_block_n,
             "QUERIES_BLOCK_M": self.queries_block_m, "QUERIES_BLOCK_N": self.queries_block_n,
-            "ONE_PASS": self.one_pass,
         }  # fmt: skip
 
 
@@ -82,11 +80,14 @@ _FORWARD = {
 }
 # (dim, keys' block_m and block_n, queries' block_m and block_n, num_warps, num_stages).
 _BACKWARD = {
+    # Measured on an H200: D = 64, 128 and 256 (docs/attention.md).
     "hopper": (
+        (64, 64, 64, 64, 64, 4, 3),
         (80, 64, 128, 128, 64, 8, 2),
         (96, 64, 64, 128, 64, 8, 2),
         (128, 64, 128, 128, 64, 8, 2),
-        (256, 32, 64, 64, 64, 8, 2),
+        (192, 32, 64, 64, 64, 8, 2),
+        (256, 64, 64, 64, 64, 8, 1),
     ),
     "ampere": (
         (64, 32, 64, 64, 64, 8, 2),
@@ -104,9 +105,6 @@ _BACKWARD = {
         (256, 16, 32, 32, 16, 4, 1),
     ),
 }
-# Tiles of dK and dV that add to dQ atomically. Chips and head dimensions without an entry take the
-# split grid: there the extra accumulator only spills.
-_ONE_PASS = {"hopper": ((64, 64, 128), (128, 64, 64))}
 
 
 def family(arch: int) -> str:
@@ -129,17 +127,13 @@ def pick_forward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Forwar
     return ForwardConfig(*_row(_FORWARD[family(arch)], dim))
 
 
-def pick_backward(
-    arch: int, dim: int, dtype: torch.dtype, length: int, one_pass: bool
-) -> BackwardConfig:
-    """As :func:`pick_forward`; ``one_pass`` allows atomic sums where they are thought to pay."""
+def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> BackwardConfig:
+    """As :func:`pick_forward`."""
     if arch == 0:
-        return BackwardConfig(32, 32, 32, 32, 4, 1, one_pass)
+        return BackwardConfig(32, 32, 32, 32, 4, 1)
     if dtype == torch.float32:
         return BackwardConfig(*(4 * (32 if dim <= 64 else 16,)), 8, 1)
-    split = _row(_BACKWARD[family(arch)], dim)
-    keys = _row(_ONE_PASS.get(family(arch), ()), dim) if one_pass else None
-    return BackwardConfig(*(keys or split[:2]), *split[2:], keys is not None)
+    return BackwardConfig(*_row(_BACKWARD[family(arch)], dim))
 
 
 @functools.cache
