@@ -2,7 +2,7 @@
 # usage: benchmarks/device.sh OUT [SECONDS] [STAGE...]
 # On a machine with a GPU, in the present environment, offline: builds, checks, runs the demo and the benchmarks, and
 # leaves logs and results in OUT within SECONDS (default 570). Ends with a short table.
-# Stages: build selftest tests demo bench (all by default), and suite: the whole of `make test`.
+# Stages: build selftest tests demo warm bench (all by default), and suite: the whole of `make test`.
 # Without git history, name the commit: CROC_COMMIT=<hash> benchmarks/device.sh OUT
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ out="${1:?usage: benchmarks/device.sh OUT [SECONDS] [STAGE...]}"
 limit="${2:-570}"
 shift $(($# > 2 ? 2 : $#))
 stages=("$@")
-[ ${#stages[@]} = 0 ] && stages=(build selftest tests demo bench)
+[ ${#stages[@]} = 0 ] && stages=(build selftest tests demo warm bench)
 PYTHON="${PYTHON:-python3}"
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
@@ -50,6 +50,11 @@ for name in "${stages[@]}"; do
       stage demo 150 "$PYTHON" -m croc_kernels.cli pretrain --demo --output "$demo"
       (cd "$demo" && find . -maxdepth 1 -name '*.png' -exec cp {} "$out" \;)
       rm -rf "$demo"
+      ;;
+    warm)
+      # Each row once, without timing, in many processes: compiled kernels stay on disk for `bench`.
+      stage warm 150 "$PYTHON" -m pytest benchmarks -q -n "${WARM_JOBS:-12}" -p no:cacheprovider -W ignore \
+        --device=cuda -k "attention or cost or nearest or replace or reconstruction" ${WARM_ARGS:-}
       ;;
     bench)
       budget=$(($(left) - 45))
