@@ -9,7 +9,7 @@ _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*f
 _ALIGNED = [["tt.divisibility", 16]]
 
 # Accepted spills, in bytes; everything else must not spill. Seen with triton 3.7.1: 8, 124, 288,
-# 68, 124, 132, 72, 560 and 560 (D = 256 on sm_90: measured, faster than tiles that don't spill); the
+# 68, 124, 132, 72, 560 and 560 (D = 256 on sm_90: measured, faster than tiles without spills); the
 # last line is for triton 3.6.0 (140), where 3.7.1 spills nothing.
 SPILLS = {
     ("mixed_attention_bwd-D160-bf16", 100): 64,
