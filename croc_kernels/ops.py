@@ -75,6 +75,43 @@ mixed_attention_bwd = _define(
 )
 
 
+def _mask_rows_fake(
+    source, kind, attention_mask, document_ids, cu_seqlens, batch, length, sliding_window,
+    spans_exceed_window, ignore_index,
+):  # fmt: skip
+    optional = (attention_mask, document_ids, cu_seqlens)
+    plain = kind in ("types", "causal", "full") and all(x is None for x in optional)
+    sizes = ((batch, length), (batch, length), (0,) if plain else (batch, length))
+    spans = (source.shape[0] if kind == "spans" else 0,)
+    return tuple(source.new_empty(size, dtype=torch.int32) for size in (*sizes, spans))
+
+
+def _mask_columns_fake(start, end, num_keys, visible_until, may_have_holes):
+    size = (start.shape[0], num_keys)
+    bounded = visible_until is not None or may_have_holes
+    return tuple(start.new_empty(s) for s in (size, size, size if bounded else (0,)))
+
+
+# start, end, token_faults (B, L) and span_faults (S,), int32, of a MixedMask; empty where there are
+# none. attention/mask_build.py says what kind and source are.
+mask_rows = _define(
+    "mask_rows(Tensor source, str kind, Tensor? attention_mask, Tensor? document_ids, "
+    "Tensor? cu_seqlens, SymInt batch, SymInt length, int sliding_window, "
+    "bool spans_exceed_window, int ignore_index) -> (Tensor, Tensor, Tensor, Tensor)",
+    triton=".attention.mask_kernel:mask_rows",
+    cpu=".attention.intervals:mask_rows",
+    fake=_mask_rows_fake,
+)
+# row_start, row_end and visible_until, (B, num_keys) int32; the last empty where nothing needs it.
+mask_columns = _define(
+    "mask_columns(Tensor start, Tensor end, SymInt num_keys, Tensor? visible_until, "
+    "bool may_have_holes) -> (Tensor, Tensor, Tensor)",
+    triton=".attention.mask_kernel:mask_columns",
+    cpu=".attention.intervals:mask_columns",
+    fake=_mask_columns_fake,
+)
+
+
 # --- cost --------------------------------------------------------------------------------------
 
 
@@ -182,48 +219,48 @@ ASSIGNMENT_MISSING = _native_missing()
 # --- replacement -------------------------------------------------------------------------------
 
 
-def _replace_tokens_bwd_fake(grad_out, source, pool_size, pool_dtype, embeddings_grad, pool_grad):
+def _replace_tokens_bwd_fake(
+    grad_out, where, index, pool_size, pool_dtype, embeddings_grad, pool_grad
+):
     embeddings = grad_out.new_empty(grad_out.shape if embeddings_grad else (0,))
     pool_shape = (pool_size if pool_grad else 0, grad_out.shape[-1])
     return embeddings, grad_out.new_empty(pool_shape, dtype=pool_dtype)
 
 
-def _reconstruction_loss_fwd_fake(prediction, target, where, beta, prediction_grad):
+def _reconstruction_loss_fwd_fake(prediction, target, where, items, beta, mean):
     double = torch.float64 in (prediction.dtype, target.dtype)
     dtype = torch.float64 if double else torch.float32
-    gradient = prediction.new_empty(prediction.shape if prediction_grad else (0,))
-    return prediction.new_empty((), dtype=dtype), prediction.new_empty((), dtype=dtype), gradient
+    return tuple(prediction.new_empty((), dtype=dtype) for _ in range(2))
 
 
-# source: (T,) int64 over the flat rows: the pool row, or replacement.config.KEEP for the embedding.
-# Rows that the pool does not have raise on CPU and become NaN on CUDA.
+# where and index: the shape of embeddings without its last dimension. Rows that the pool does not
+# have raise on CPU and become NaN on CUDA.
 replace_tokens_fwd = _define(
-    "replace_tokens_fwd(Tensor embeddings, Tensor pool, Tensor source) -> Tensor",
+    "replace_tokens_fwd(Tensor embeddings, Tensor where, Tensor pool, Tensor index) -> Tensor",
     triton=".replacement.kernel:replace_tokens_fwd",
     cpu=".replacement.cpu:replace_tokens_fwd",
-    fake=lambda embeddings, pool, source: embeddings.new_empty(embeddings.shape),
+    fake=lambda embeddings, where, pool, index: embeddings.new_empty(embeddings.shape),
 )
 replace_tokens_bwd = _define(
-    "replace_tokens_bwd(Tensor grad_out, Tensor source, SymInt pool_size, ScalarType pool_dtype, "
-    "bool embeddings_grad, bool pool_grad) -> (Tensor, Tensor)",
+    "replace_tokens_bwd(Tensor grad_out, Tensor where, Tensor index, SymInt pool_size, "
+    "ScalarType pool_dtype, bool embeddings_grad, bool pool_grad) -> (Tensor, Tensor)",
     triton=".replacement.kernel:replace_tokens_bwd",
     cpu=".replacement.cpu:replace_tokens_bwd",
     fake=_replace_tokens_bwd_fake,
 )
-# Sum of the loss over the selected tokens' components, the number of selected tokens, and
-# d(sum) / d(prediction), in one pass over the operands.
+# The loss summed over the selected tokens' components and divided by the divisor, and the divisor:
+# 1 unless mean, else components times items, by default the number of selected tokens.
 reconstruction_loss_fwd = _define(
-    "reconstruction_loss_fwd(Tensor prediction, Tensor target, Tensor? where, float beta, "
-    "bool prediction_grad) -> (Tensor, Tensor, Tensor)",
-    triton=".replacement.kernel:reconstruction_loss_fwd",
+    "reconstruction_loss_fwd(Tensor prediction, Tensor target, Tensor? where, Tensor? items, "
+    "float beta, bool mean) -> (Tensor, Tensor)",
+    triton=".replacement.loss_kernel:reconstruction_loss_fwd",
     cpu=".replacement.cpu:reconstruction_loss_fwd",
     fake=_reconstruction_loss_fwd_fake,
 )
-# gradient * scale in the gradient's dtype, with a float32 (float64) 0-d scale that is never rounded
-# to it.
 reconstruction_loss_bwd = _define(
-    "reconstruction_loss_bwd(Tensor gradient, Tensor scale) -> Tensor",
-    triton=".replacement.kernel:reconstruction_loss_bwd",
+    "reconstruction_loss_bwd(Tensor prediction, Tensor target, Tensor? where, Tensor divisor, "
+    "Tensor grad_loss, float beta) -> Tensor",
+    triton=".replacement.loss_kernel:reconstruction_loss_bwd",
     cpu=".replacement.cpu:reconstruction_loss_bwd",
-    fake=lambda gradient, scale: gradient.new_empty(gradient.shape),
+    fake=lambda prediction, *_: prediction.new_empty(prediction.shape),
 )

@@ -111,6 +111,9 @@ def test_triton_is_chosen_inside_a_compiled_function() -> None:
     run("-c", RESOLVE, TRITON_INTERPRET="1")
 
 
-@pytest.mark.parametrize("file", ["test_token_cost_kernels.py", "test_replace_tokens_kernels.py"])
-def test_token_cost_and_replace_tokens_kernels_in_the_interpreter(file: str) -> None:
+KERNEL_TESTS = ("token_cost_kernels", "replace_tokens_kernels", "mask_kernel")
+
+
+@pytest.mark.parametrize("file", [f"test_{name}.py" for name in KERNEL_TESTS])
+def test_token_cost_and_other_kernels_in_the_interpreter(file: str) -> None:
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file), TRITON_INTERPRET="1")

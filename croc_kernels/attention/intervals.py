@@ -1,5 +1,4 @@
-"""From tokens to intervals: the device scans behind
-:class:`~croc_kernels.attention.mask.MixedMask`.
+"""From tokens to intervals: the scans behind :class:`~croc_kernels.attention.mask.MixedMask`.
 
 Row ``i`` sees keys ``start[i] <= j < end[i]``. Both vectors never decrease along a row of the
 batch, also over rows that see nothing (there ``start[i] == end[i]``), so four scalars classify a
@@ -10,8 +9,6 @@ through fault codes that :meth:`MixedMask.check` reads.
 
 import torch
 from torch import Tensor
-
-from .. import checks
 
 # Fault codes, one bit each, with the rule that was broken.
 FAULTS = {
@@ -175,9 +172,8 @@ def mark_spans(spans: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor, 
     codes (S,).
     """
     sample, first, past = spans.long().unbind(1)
-    good = (sample >= 0) & (sample < batch) & (first >= 0) & (first <= past) & (past <= length)
-    span_faults = torch.where(good, 0, RANGE).int()
-    used = good & (past > first)  # an empty span pads a list of spans to a fixed size
+    span_faults = span_codes(spans, batch, length)
+    used = (span_faults == 0) & (past > first)  # an empty span pads a list of spans to a fixed size
     row = sample * (length + 1)
     trash = batch * (length + 1)
     edges = torch.zeros(trash + 1, dtype=torch.int32, device=spans.device)
@@ -191,24 +187,22 @@ def mark_spans(spans: Tensor, batch: int, length: int) -> tuple[Tensor, Tensor, 
     return depth > 0, opened > 0, faults, span_faults
 
 
-def valid_tokens(function: str, attention_mask: Tensor, like: Tensor) -> Tensor:
-    """(B, L) bool from an attention mask of any dtype, checked against ``like``."""
-    checks.check_tensor(function, "attention_mask", attention_mask)
-    checks.check_shape(function, "attention_mask", attention_mask, like.shape, "(B, L)")
-    return attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+def span_codes(spans: Tensor, batch: int, length: int) -> Tensor:
+    """(S,) int32 fault code of each span."""
+    sample, first, past = spans.unbind(1)
+    good = (sample >= 0) & (sample < batch) & (first >= 0) & (first <= past) & (past <= length)
+    return torch.where(good, 0, RANGE).int()
+
+
+def has_faults(kind: str, *optional: Tensor | None) -> bool:
+    """Whether values can break a rule: padding, documents and borders can, runs of tokens can't."""
+    return kind in ("spans", "prefix", "labels") or any(x is not None for x in optional)
 
 
 def _packed(
-    function: str, cu_seqlens: Tensor, like: Tensor, valid: Tensor | None
+    cu_seqlens: Tensor, like: Tensor, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Document ids, valid tokens and fault codes of one packed row."""
-    checks.check_tensor(function, "cu_seqlens", cu_seqlens)
-    checks.check_dtype(function, "cu_seqlens", cu_seqlens, checks.INTEGERS)
-    checks.check_rank(function, "cu_seqlens", cu_seqlens, "(D + 1,)", (1,))
-    if like.shape[0] != 1:
-        raise ValueError(
-            f"{function}: cu_seqlens must go with a batch of one row, got B = {like.shape[0]}"
-        )
     position = positions(like)
     borders = cu_seqlens.int().contiguous()
     ids = torch.searchsorted(borders[1:], position[0], right=True, out_int32=True)[None]
@@ -218,118 +212,70 @@ def _packed(
     return ids, inside if valid is None else inside & valid, faults
 
 
-def _select_queries(
-    function: str,
-    bounds: tuple[Tensor, Tensor],
-    num_queries: int | None,
-    first: int | Tensor | None,
-) -> tuple[tuple[Tensor, Tensor], int | Tensor]:
-    """The rows of ``bounds`` that are queries, and the position of the first of them."""
-    length = bounds[0].shape[1]
-    num_queries = length if num_queries is None else num_queries
-    if not 0 <= num_queries <= length:
-        raise ValueError(
-            f"{function}: num_queries must be between 0 and {length}, got {num_queries}"
-        )
-    if first is None:
-        first = length - num_queries
-    if isinstance(first, Tensor):
-        checks.check_dtype(function, "first_query", first, checks.INTEGERS)
-        first = first.reshape(-1, 1)
-        row = torch.arange(num_queries, device=first.device) + first
-        row = row.expand(bounds[0].shape[0], num_queries).clamp(0, max(length - 1, 0))
-        return tuple(x.gather(1, row) for x in bounds), first
-    if not 0 <= first <= length - num_queries:
-        raise ValueError(
-            f"{function}: first_query must be between 0 and {length - num_queries}, got {first}"
-        )
-    if num_queries == length:
-        return bounds, 0
-    return tuple(x[:, first : first + num_queries].contiguous() for x in bounds), first
+def _prefix(
+    source: Tensor, kind: str, batch: int, length: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """``inside`` and fault codes, (B, L) each, of a prefix that is given or ends at a label."""
+    position = torch.arange(length, dtype=torch.int32, device=source.device)
+    if kind == "causal":
+        return (position < 0).expand(batch, length), torch.zeros_like(position)
+    if kind == "full":
+        return (position >= 0).expand(batch, length), torch.zeros_like(position)
+    if kind == "labels":
+        supervised = torch.where(source != ignore_index, position, length)
+        source = supervised.amin(1) if length else source.new_zeros(batch)
+    bad = (source < 0) | (source > length)
+    return position < source[:, None], torch.where(bad, PREFIX, 0).int()[:, None]
 
 
-def assemble(
-    function: str,
-    inside: Tensor,
-    span_begins: Tensor | None,
-    attention_mask: Tensor | None = None,
-    document_ids: Tensor | None = None,
-    *,
-    faults: Tensor | None = None,
-    span_faults: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    sliding_window: int | None = None,
-    spans_exceed_window: bool = False,
-    visible_until: Tensor | None = None,
-    num_queries: int | None = None,
-    first_query: int | Tensor | None = None,
-) -> dict[str, Tensor | None]:
-    """Everything a mask holds, from spans given per token; arguments as
-    ``MixedMask.from_token_types``.
-    """
-    valid = None if attention_mask is None else valid_tokens(function, attention_mask, inside)
-    may_have_holes = attention_mask is not None and (
-        document_ids is not None or cu_seqlens is not None
-    )
-    found = [faults]
-    if document_ids is not None:
-        if cu_seqlens is not None:
-            raise ValueError(f"{function}: document_ids must be None when cu_seqlens is given")
-        checks.check_tensor(function, "document_ids", document_ids)
-        checks.check_dtype(function, "document_ids", document_ids, checks.INTEGERS)
-        checks.check_shape(function, "document_ids", document_ids, inside.shape, "(B, L)")
+def mask_rows(
+    source: Tensor,
+    kind: str,
+    attention_mask: Tensor | None,
+    document_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    batch: int,
+    length: int,
+    sliding_window: int,
+    spans_exceed_window: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``croc_kernels::mask_rows`` in PyTorch."""
+    begins, span_faults = None, source.new_zeros(0, dtype=torch.int32)
+    if kind == "types":
+        inside, faults = source, torch.zeros_like(positions(source))
+    elif kind == "spans":
+        inside, begins, faults, span_faults = mark_spans(source, batch, length)
+    else:
+        inside, faults = _prefix(source, kind, batch, length, ignore_index)
+    valid = None if attention_mask is None else attention_mask != 0
     if cu_seqlens is not None:
-        document_ids, valid, packed_faults = _packed(function, cu_seqlens, inside, valid)
-        found.append(packed_faults)
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"{function}: sliding_window must be at least 1, got {sliding_window}")
-    if visible_until is not None:
-        checks.check_dtype(function, "visible_until", visible_until, checks.INTEGERS)
-        checks.check_shape(function, "visible_until", visible_until, inside.shape, "(B, L)")
+        document_ids, valid, packed_faults = _packed(cu_seqlens, inside, valid)
+        faults = faults | packed_faults
     start, end, row_faults = row_bounds(
-        inside, span_begins, valid, document_ids, sliding_window, spans_exceed_window,
-        strict=span_faults is not None,
+        inside, begins, valid, document_ids, sliding_window or None, spans_exceed_window,
+        strict=kind == "spans",
     )  # fmt: skip
-    found.append(row_faults)
-    codes = None
-    for code in found:
-        if code is not None:
-            codes = code if codes is None else codes | code
-    (start, end), first = _select_queries(function, (start, end), num_queries, first_query)
-    if visible_until is not None:
-        visible_until = visible_until - first
-    return finish(
-        start, end, inside.shape[1], visible_until=visible_until, may_have_holes=may_have_holes,
-        faults=codes, span_faults=span_faults,
-    )  # fmt: skip
+    if not has_faults(kind, attention_mask, document_ids, cu_seqlens):
+        return start, end, span_faults.clone(), span_faults
+    faults = faults if row_faults is None else faults | row_faults
+    return start, end, faults.expand(batch, length).contiguous(), span_faults
 
 
-def finish(
+def mask_columns(
     start: Tensor,
     end: Tensor,
     num_keys: int,
-    *,
-    visible_until: Tensor | None = None,
-    may_have_holes: bool = False,
-    faults: Tensor | None = None,
-    span_faults: Tensor | None = None,
-) -> dict[str, Tensor | None]:
-    """Add the column view and mark keys that no row sees.
-
-    Padding in the middle of a packed row can lie inside a tile of keys that some row sees. Kernels
-    must not even multiply such keys by zero (they may hold NaN), so they are marked by
-    ``visible_until == 0``. Padding at the ends needs no mark: the bounds of the tile's rows exclude
-    it.
-    """
+    visible_until: Tensor | None,
+    may_have_holes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``croc_kernels::mask_columns`` in PyTorch."""
     row_start, row_end = column_view(start, end, num_keys)
-    if visible_until is not None or may_have_holes:
-        num_queries = start.shape[1]
-        if visible_until is None:
-            visible_until = torch.full_like(row_start, num_queries)
-        visible_until = visible_until.clamp(0, num_queries).int()
-        seen = (row_start < row_end) & (row_start < visible_until)
-        visible_until = torch.where(seen, visible_until, 0).contiguous()
-    return {
-        "start": start, "end": end, "row_start": row_start, "row_end": row_end,
-        "visible_until": visible_until, "token_faults": faults, "span_faults": span_faults,
-    }  # fmt: skip
+    if visible_until is None and not may_have_holes:
+        return row_start, row_end, start.new_zeros(0)
+    num_queries = start.shape[1]
+    if visible_until is None:
+        visible_until = torch.full_like(row_start, num_queries)
+    visible_until = visible_until.clamp(0, num_queries).int()
+    seen = (row_start < row_end) & (row_start < visible_until)
+    return row_start, row_end, torch.where(seen, visible_until, 0).contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
-from . import intervals
+from . import intervals, mask_build
 
 _NAME = "MixedMask"
 
@@ -166,10 +166,11 @@ class MixedMask:
         checks.check_tensor(function, "is_visual", is_visual)
         checks.check_dtype(function, "is_visual", is_visual, (torch.bool,))
         checks.check_rank(function, "is_visual", is_visual, "(B, L)", (2,))
-        return cls._checked(intervals.assemble(
-            function, is_visual, None, attention_mask, document_ids, cu_seqlens=cu_seqlens,
-            sliding_window=sliding_window, spans_exceed_window=spans_exceed_window,
-            visible_until=visible_until, num_queries=num_queries, first_query=first_query,
+        return cls._checked(mask_build.assemble(
+            function, is_visual, "types", is_visual.shape, attention_mask, document_ids,
+            cu_seqlens=cu_seqlens, sliding_window=sliding_window,
+            spans_exceed_window=spans_exceed_window, visible_until=visible_until,
+            num_queries=num_queries, first_query=first_query,
         ))  # fmt: skip
 
     @classmethod
@@ -205,10 +206,8 @@ class MixedMask:
         checks.check_dtype(function, "spans", spans, checks.INTEGERS)
         if spans.dim() != 2 or spans.shape[1] != 3:
             raise ValueError(f"{function}: spans must be (S, 3), got {tuple(spans.shape)}")
-        inside, begins, faults, span_faults = intervals.mark_spans(spans, batch, length)
-        return cls._checked(intervals.assemble(
-            function, inside, begins, attention_mask, document_ids, faults=faults,
-            span_faults=span_faults, **options,
+        return cls._checked(mask_build.assemble(
+            function, spans, "spans", (batch, length), attention_mask, document_ids, **options
         ))  # fmt: skip
 
     @classmethod
@@ -238,13 +237,10 @@ class MixedMask:
         checks.check_tensor(function, "prefix_length", prefix_length)
         checks.check_dtype(function, "prefix_length", prefix_length, checks.INTEGERS)
         checks.check_rank(function, "prefix_length", prefix_length, "(B,)", (1,))
-        position = torch.arange(length, device=prefix_length.device)
-        bad = (prefix_length < 0) | (prefix_length > length)
-        faults = torch.where(bad, intervals.PREFIX, 0).int()[:, None].expand(-1, length)
-        inside = position < prefix_length[:, None]
-        return cls._checked(
-            intervals.assemble(function, inside, None, attention_mask, faults=faults, **options)
-        )
+        shape = (prefix_length.shape[0], length)
+        return cls._checked(mask_build.assemble(
+            function, prefix_length, "prefix", shape, attention_mask, **options
+        ))  # fmt: skip
 
     @classmethod
     def from_labels(
@@ -278,23 +274,26 @@ class MixedMask:
         checks.check_tensor(function, "labels", labels)
         checks.check_dtype(function, "labels", labels, checks.INTEGERS)
         checks.check_rank(function, "labels", labels, "(B, L)", (2,))
+        if not exact_parity:
+            return cls._checked(mask_build.assemble(
+                function, labels, "labels", labels.shape, attention_mask, ignore_index=ignore_index
+            ))  # fmt: skip
         length = labels.shape[1]
         position = intervals.positions(labels)
         supervised = torch.where(labels != ignore_index, position, length)
         prefix = supervised.amin(1) if length else labels.new_zeros(labels.shape[0])
-        if not exact_parity:
-            return cls.prefix(prefix, length, attention_mask)
         last = torch.full_like(prefix, length)
         faults = None
         if attention_mask is not None:
-            valid = intervals.valid_tokens(function, attention_mask, labels)
+            mask_build.check_valid(function, attention_mask, labels.shape)
+            valid = attention_mask != 0
             last = torch.where(valid, position + 1, 0).amax(1)
             first = torch.where(valid, position, length).amin(1)
             bad = (prefix < first) & (first > 0)
             faults = torch.where(bad, intervals.PARITY, 0).int()[:, None].expand_as(labels)
         end = torch.maximum(prefix[:, None], torch.minimum(position + 1, last[:, None]))
         start, end = torch.zeros_like(end, dtype=torch.int32), end.int()
-        return cls._checked(intervals.finish(start, end, length, faults=faults))
+        return cls._checked(mask_build.finish(start, end, length, faults=faults))
 
     @classmethod
     def causal(
@@ -308,8 +307,7 @@ class MixedMask:
             device: where the vectors are made.
             **options: everything :meth:`from_token_types` takes after ``is_visual``.
         """
-        inside = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        return cls.from_token_types(inside, **options)
+        return cls._alike("causal", batch, length, device, options)
 
     @classmethod
     def full(
@@ -318,8 +316,15 @@ class MixedMask:
         """Every row sees every key (of its document, outside padding). Arguments as
         :meth:`causal`.
         """
-        inside = torch.ones(batch, length, dtype=torch.bool, device=device)
-        return cls.from_token_types(inside, **options)
+        return cls._alike("full", batch, length, device, options)
+
+    @classmethod
+    def _alike(
+        cls, kind: str, batch: int, length: int, device: torch.device | str, options: dict
+    ) -> MixedMask:
+        """The mask whose tokens are all in one span, or none in any."""
+        nothing, shape = torch.zeros(0, dtype=torch.bool, device=device), (batch, length)
+        return cls._checked(mask_build.assemble(f"{_NAME}.{kind}", nothing, kind, shape, **options))
 
     @classmethod
     def from_rows(
@@ -356,16 +361,10 @@ class MixedMask:
         if visible_until is not None:
             layout = (start.shape[0], num_keys)
             checks.check_shape(function, "visible_until", visible_until, layout, "(B, Lk)")
-        return cls._checked(
-            intervals.finish(
-                start,
-                end,
-                num_keys,
-                visible_until=visible_until,
-                may_have_holes=may_have_holes,
-                faults=faults,
-            )
-        )
+        return cls._checked(mask_build.finish(
+            start, end, num_keys, visible_until=visible_until, may_have_holes=may_have_holes,
+            faults=faults,
+        ))  # fmt: skip
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> MixedMask:
@@ -395,5 +394,5 @@ class MixedMask:
         falls = (start < intervals.shift_right(start, 0)) | (end < intervals.shift_right(end, 0))
         faults = torch.where(broken | falls, intervals.DENSE, 0).int()
         return cls._checked(
-            intervals.finish(start, end, num_keys, may_have_holes=True, faults=faults)
+            mask_build.finish(start, end, num_keys, may_have_holes=True, faults=faults)
         )

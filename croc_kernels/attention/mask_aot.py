@@ -1,0 +1,42 @@
+"""What CI compiles of the mask kernels: the largest blocks, each kind of span, every option."""
+
+from ..aot import CompileCase
+from . import mask_kernel
+
+_SOURCES = {"types": "*i1", "spans": "*i64", "prefix": "*i64", "labels": "*i64", "causal": "*i1"}
+
+
+def _case(name: str, fn: object, pointers: dict[str, str], constants: dict) -> CompileCase:
+    block, sizes = mask_kernel.BLOCK, ("length", "num_spans", "num_borders", "ignore_index")
+    types = pointers | dict.fromkeys((*sizes, "num_queries", "num_keys"), "i32")
+    types = {name: types.get(name, "constexpr") for name in fn.arg_names}
+    absent = [n for n, kind in types.items() if kind == "constexpr" and n.endswith("_ptr")]
+    constants = dict.fromkeys(absent) | constants | {"BLOCK": block}
+    attrs = {
+        (place,): [["tt.divisibility", 16]]
+        for place, argument in enumerate(fn.arg_names)
+        if argument in pointers
+    }
+    warps = block // mask_kernel.ELEMENTS_PER_WARP
+    return CompileCase(name, fn, types, constants, attrs, warps, 3, has_dot=False)
+
+
+def compile_cases() -> list[CompileCase]:
+    """One case per kind without options, and with all of them."""
+    cases = []
+    out = dict.fromkeys(("start_ptr", "end_ptr", "fault_ptr", "span_fault_ptr"), "*i32")
+    options = {"plain": {}, "padded": {"valid_ptr": "*i64", "ids_ptr": "*i64"}}
+    options["packed"] = {"valid_ptr": "*i1", "borders_ptr": "*i32"}
+    for kind, source in _SOURCES.items():
+        for name, pointers in options.items():
+            constants = {"KIND": kind, "WINDOW": 0 if name == "plain" else 512}
+            constants |= {"EXCEED": name == "packed"}
+            types = out | {"source_ptr": source} | pointers
+            fn = mask_kernel._mask_rows_kernel
+            cases.append(_case(f"mask_rows-{kind}-{name}", fn, types, constants))
+    columns = ("start_ptr", "end_ptr", "row_start_ptr", "row_end_ptr")
+    for name, pointers in (("plain", ()), ("until", ("until_ptr", "visible_ptr"))):
+        types = dict.fromkeys((*columns, *pointers), "*i32")
+        fn = mask_kernel._mask_columns_kernel
+        cases.append(_case(f"mask_columns-{name}", fn, types, {}))
+    return cases
