@@ -225,11 +225,12 @@ def test_reconstruction_loss_errors(
 def test_reconstruction_loss_opcheck() -> None:
     prediction, target = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     where = torch.rand(2, 3) < 0.5
-    for arguments in (
-        (prediction.bfloat16(), target, where, 0.01, True),
-        (prediction, target.bfloat16(), None, 0.0, False),
-        (prediction.double(), target, where, 1.0, True),
+    items, one = torch.tensor(3), torch.tensor(0.25)
+    for p, t, w, number, beta, mean in (
+        (prediction.bfloat16(), target, where, None, 0.01, True),
+        (prediction, target.bfloat16(), None, items, 0.0, True),
+        (prediction.double(), target, where, None, 1.0, False),
     ):
-        torch.library.opcheck(ops.reconstruction_loss_fwd, arguments)
-    scale = torch.tensor(0.25)
-    torch.library.opcheck(ops.reconstruction_loss_bwd, (prediction.bfloat16(), scale))
+        torch.library.opcheck(ops.reconstruction_loss_fwd, (p, t, w, number, beta, mean))
+        scale = one.to(torch.promote_types(torch.float32, p.dtype))
+        torch.library.opcheck(ops.reconstruction_loss_bwd, (p, t, w, scale, scale, beta))

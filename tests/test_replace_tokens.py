@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from croc_kernels import ops, replace_tokens
-from croc_kernels.replacement.config import KEEP
 
 BACKENDS = ("auto", "reference")
 PAIRS = [
@@ -204,9 +203,10 @@ def test_replace_tokens_errors(error: type[Exception], message: str, arguments: 
 
 
 def test_replace_tokens_opcheck() -> None:
-    source = torch.tensor([KEEP, 2, 0, 2, KEEP, 4])
+    where = torch.tensor([[False, True, True], [True, False, True]])
+    index = torch.tensor([[-9, 2, 0], [2, 99, 4]])
     embeddings, pool = torch.randn(2, 3, 4), torch.randn(5, 4)
-    torch.library.opcheck(ops.replace_tokens_fwd, (embeddings, pool, source))
+    torch.library.opcheck(ops.replace_tokens_fwd, (embeddings, where, pool, index))
     for wanted in ((True, True), (True, False), (False, True)):
-        arguments = (embeddings.bfloat16(), source, 5, torch.float32, *wanted)
+        arguments = (embeddings.bfloat16(), where, index, 5, torch.float32, *wanted)
         torch.library.opcheck(ops.replace_tokens_bwd, arguments)

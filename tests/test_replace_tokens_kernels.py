@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from croc_kernels import reconstruction_loss, replace_tokens
-from croc_kernels.replacement import kernel
+from croc_kernels.replacement import kernel, loss_kernel
 from croc_kernels.testing import assert_within_budget
 
 GPU = torch.cuda.is_available()
@@ -32,6 +32,9 @@ def _large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter is paid by the program, not by the row.
     if INTERPRETED:
         monkeypatch.setattr(kernel, "ROWS", 16)
+        monkeypatch.setattr(kernel, "GRADIENT_ROWS", 16)
+        monkeypatch.setattr(loss_kernel, "ROWS", 16)
+        monkeypatch.setattr(loss_kernel, "GRADIENT_ROWS", 16)
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,6 +94,25 @@ def test_replace_tokens_kernel_all_draw_one_row() -> None:
     assert torch.equal(*grads)
     torch.testing.assert_close(grads[0][3].double(), upstream.double().sum(0), rtol=0, atol=1e-4)
     assert grads[0].count_nonzero() == 40
+
+
+@pytest.mark.parametrize("sizes", [(4, 16, 4), (8, 64, 16), (16, 1024, 128)], ids=str)
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("most", [1, 3, 13], ids=lambda most: f"{most}-of-13")
+def test_replace_tokens_kernel_sorts_what_was_drawn(
+    most: int, integer: torch.dtype, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in zip(("GROUP", "SORT_BLOCK", "SORT_LIST"), sizes, strict=True):
+        monkeypatch.setattr(kernel, name, size)
+    where = (torch.rand(5, 30) < 0.7).to(DEVICE)
+    index = torch.randint(-1, most + 1, (5, 30), dtype=integer, device=DEVICE)
+    pool, upstream = draw(13, 8, dtype=torch.float64).requires_grad_(), draw(5, 30, 8).double()
+    embeddings = draw(5, 30, 8).double()
+    out = replace_tokens(embeddings, where, pool, index, backend="triton")
+    (got,) = torch.autograd.grad(out, pool, upstream)
+    drawn = where & (index >= 0) & (index < 13)
+    want = torch.zeros_like(pool).index_add_(0, index[drawn].long(), upstream[drawn])
+    torch.testing.assert_close(got, want)
 
 
 def test_replace_tokens_kernel_bad_index_is_nan() -> None:
@@ -169,7 +191,6 @@ def test_reconstruction_loss_kernel(
     assert loss.dtype == plain[0].dtype
     assert abs(loss.item() - exact[0].item()) <= 3e-7 * exact[0].item()
     assert grad.dtype == dtype
-    # Two roundings to the dtype, the stored slope's and the result's, against one: one more unit.
     assert_within_budget(grad, exact[1], plain[1], dtype, "gradient")
 
 
@@ -182,6 +203,17 @@ def test_reconstruction_loss_kernel_averages(options: dict) -> None:
     prediction, target, where = draw(40, 24), draw(40, 24), (torch.rand(40) < 0.5).to(DEVICE)
     got = loss_and_gradient(prediction, target, where, backend="triton", **options)
     expected = loss_and_gradient(prediction, target, where, backend="reference", **options)
+    torch.testing.assert_close(got, expected)
+
+
+def test_reconstruction_loss_kernel_with_fewer_programs_than_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loss_kernel, "ROWS", 4)
+    monkeypatch.setattr(loss_kernel, "PROGRAMS", 3)
+    prediction, target, where = draw(47, 24), draw(47, 24), (torch.rand(47) < 0.5).to(DEVICE)
+    got = loss_and_gradient(prediction, target, where, backend="triton")
+    expected = loss_and_gradient(prediction, target, where, backend="reference")
     torch.testing.assert_close(got, expected)
 
 

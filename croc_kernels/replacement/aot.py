@@ -1,7 +1,8 @@
 """What CI compiles of the replacement and loss kernels, per chip: rows of 4096 components."""
 
 from ..aot import CompileCase
-from . import kernel
+from . import kernel, loss_kernel
+from .layout import column_block
 
 DIM = 4096
 DTYPES = ("fp16", "bf16", "fp32")
@@ -16,46 +17,64 @@ def _case(
     attrs = {
         (place,): [["tt.divisibility", 16]]
         for place, argument in enumerate(fn.arg_names)
-        if argument in types and argument not in ("length", "programs", "numel")
+        if argument in types and argument not in ("length", "programs", "groups", "strides")
     }
+    if "strides" in types:
+        place = fn.arg_names.index("strides")
+        attrs |= {(place, i): [["tt.divisibility", 16]] for i in range(len(types["strides"]))}
     return CompileCase(name, fn, signature, constants, attrs, 4, 3, has_dot=False)
 
 
 def _replacement_cases(dtype: str) -> list[CompileCase]:
     accumulator = {"ACC": kernel.tl.float32}
-    block = {"BLOCK_R": kernel.ROWS, "BLOCK_C": kernel.column_block(DIM)}
-    rows = {"embeddings_ptr": f"*{dtype}", "pool_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    block = {"BLOCK_R": kernel.ROWS, "BLOCK_C": column_block(DIM)}
+    sort = {"GROUP": kernel.GROUP, "BLOCK": kernel.SORT_BLOCK, "LIST": kernel.SORT_LIST}
+    operands = {"where_ptr": "*i1", "index_ptr": "*i64"}
+    out, gradient = {"out_ptr": f"*{dtype}"}, {"grad_ptr": f"*{dtype}", "work_ptr": "*i32"}
+    rows = {"embeddings_ptr": f"*{dtype}", "pool_ptr": f"*{dtype}"}
     strides = ("stride_gb", "stride_gl")
     return [
         _case(
-            f"replace_tokens_fwd-{dtype}", kernel._replace_kernel, rows | {"source_ptr": "*i64"},
+            f"replace_tokens_fwd-{dtype}", kernel._replace_kernel, rows | operands | out,
             ("rows", "length", "dim", "pool_size", "stride_eb", "stride_el", "stride_pm"), block,
         ),
         _case(
-            f"replace_tokens_bwd-embeddings-{dtype}", kernel._keep_gradient_kernel,
-            {"grad_ptr": f"*{dtype}", "source_ptr": "*i64", "out_ptr": f"*{dtype}"},
-            ("rows", "length", "dim", *strides), block,
+            f"replace_tokens_bwd-{dtype}", kernel._replace_gradient_kernel,
+            gradient | operands | out,
+            ("rows", "length", "dim", "pool_size", "groups", *strides),
+            block | {"BLOCK_R": kernel.GRADIENT_ROWS} | sort,
         ),
         _case(
-            f"replace_tokens_bwd-pool-{dtype}", kernel._pool_gradient_kernel,
+            f"replace_tokens_bwd-pool-{dtype}", kernel._pool_gradient_kernel, gradient | out,
+            ("rows", "length", "dim", *strides),
             {
-                "grad_ptr": f"*{dtype}", "order_ptr": "*i64", "bounds_ptr": "*i32",
-                "out_ptr": f"*{dtype}",
+                "BLOCK_R": kernel.SUM_ROWS, "BLOCK_C": column_block(DIM, kernel.SUM_COLUMNS),
+                **accumulator,
             },
-            ("length", "dim", *strides),
-            {"BLOCK_R": kernel.SUM_ROWS, "BLOCK_C": kernel.column_block(DIM, 512), **accumulator},
         ),
     ]  # fmt: skip
 
 
 def _loss_cases(dtype: str, target: str, selected: bool) -> list[CompileCase]:
-    types = {"prediction_ptr": f"*{dtype}", "target_ptr": f"*{target}", "partial_ptr": "*fp32"}
-    types |= {"gradient_ptr": f"*{dtype}"} | ({"where_ptr": "*i1"} if selected else {})
-    constants = {"BETA": 0.01, "ACC": kernel.tl.float32, "BLOCK_R": kernel.ROWS}
-    constants |= {"BLOCK_C": kernel.column_block(DIM)} | ({} if selected else {"where_ptr": None})
-    sizes = ("rows", "length", "dim", "stride_pb", "stride_pl", "stride_tb", "stride_tl")
-    label = f"{dtype}-{target}" + "-selected" * selected
-    return [_case(f"reconstruction_loss_fwd-{label}", kernel._loss_kernel, types, sizes, constants)]
+    types = {"prediction_ptr": f"*{dtype}", "target_ptr": f"*{target}", "strides": ("i32",) * 4}
+    types |= {"where_ptr": "*i1"} if selected else {}
+    constants = {"BETA": 0.01}
+    constants |= {} if selected else {"where_ptr": None}
+    sizes, label = ("rows", "length", "dim"), f"{dtype}-{target}" + "-selected" * selected
+    forward = {"ACC": kernel.tl.float32, "BLOCK_R": loss_kernel.ROWS}
+    forward |= {"BLOCK_C": column_block(DIM, loss_kernel.COLUMNS)}
+    backward = {"BLOCK_R": loss_kernel.GRADIENT_ROWS, "BLOCK_C": column_block(DIM)}
+    gradient = {"divisor_ptr": "*fp32", "grad_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    return [
+        _case(
+            f"reconstruction_loss_fwd-{label}", loss_kernel._loss_kernel,
+            types | {"partial_ptr": "*fp32"}, sizes, constants | forward,
+        ),
+        _case(
+            f"reconstruction_loss_bwd-{label}", loss_kernel._loss_gradient_kernel,
+            types | gradient, sizes, constants | backward,
+        ),
+    ]  # fmt: skip
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
@@ -63,16 +82,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases = [case for dtype in DTYPES for case in _replacement_cases(dtype)]
     cases += _loss_cases("bf16", "bf16", True) + _loss_cases("bf16", "fp32", True)
     cases += _loss_cases("fp16", "fp16", False) + _loss_cases("fp32", "fp32", False)
-    scalars = dict.fromkeys(("partial_ptr", "total_ptr", "count_ptr"), "*fp32")
-    constants = {"BLOCK": kernel.REDUCE_BLOCK}
-    cases.append(
-        _case(
-            "reconstruction_loss_reduce", kernel._loss_reduce_kernel, scalars, ("programs",),
-            constants,
-        )
-    )  # fmt: skip
-    for dtype in DTYPES:
-        types = {"gradient_ptr": f"*{dtype}", "scale_ptr": "*fp32", "out_ptr": f"*{dtype}"}
-        fn, constants = kernel._scale_kernel, {"BLOCK": kernel.SCALE_BLOCK}
-        cases.append(_case(f"reconstruction_loss_bwd-{dtype}", fn, types, ("numel",), constants))
-    return cases
+    scalars = dict.fromkeys(("partial_ptr", "items_ptr", "loss_ptr", "divisor_ptr"), "*fp32")
+    constants = {"BLOCK": loss_kernel.REDUCE_BLOCK, "MEAN": True}
+    reduce = loss_kernel._loss_reduce_kernel
+    sizes = ("programs", "dim")
+    return [*cases, _case("reconstruction_loss_reduce", reduce, scalars, sizes, constants)]

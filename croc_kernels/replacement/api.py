@@ -18,7 +18,6 @@ from ..checks import (
     check_tensor,
 )
 from . import reference
-from .config import KEEP
 
 _REDUCTIONS = ("mean", "sum")
 
@@ -27,33 +26,40 @@ class _ReplaceTokens(torch.autograd.Function):
     """The forward and backward ops, joined."""
 
     @staticmethod
-    def forward(ctx, embeddings, pool, source):
-        ctx.save_for_backward(source)
+    def forward(ctx, embeddings, where, pool, index):
+        ctx.save_for_backward(where, index)
         ctx.pool_size, ctx.pool_dtype = pool.shape[0], pool.dtype
-        return ops.replace_tokens_fwd(embeddings, pool, source)
+        return ops.replace_tokens_fwd(embeddings, where, pool, index)
 
     @staticmethod
     def backward(ctx, grad_out):
-        (source,) = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        grads = ops.replace_tokens_bwd(grad_out, source, ctx.pool_size, ctx.pool_dtype, *wanted)
-        return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None)
+        where, index = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        embeddings, pool = ops.replace_tokens_bwd(
+            grad_out, where, index, ctx.pool_size, ctx.pool_dtype, *wanted
+        )
+        return embeddings if wanted[0] else None, None, pool if wanted[1] else None, None
 
 
 class _ReconstructionLoss(torch.autograd.Function):
-    """Loss and count; the gradient of the sum is stored in the forward, the backward scales it."""
+    """The forward and backward ops, joined.
+
+    The backward reads the operands again: a gradient that the forward stores would have to be read
+    and written once more to be scaled, which moves as much where all tokens count and more where
+    some do, and would be rounded twice.
+    """
 
     @staticmethod
-    def forward(ctx, prediction, target, where, beta):
-        total, count, gradient = ops.reconstruction_loss_fwd(prediction, target, where, beta, True)
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(count)
-        return total, count
+    def forward(ctx, prediction, target, where, items, beta, mean):
+        loss, divisor = ops.reconstruction_loss_fwd(prediction, target, where, items, beta, mean)
+        ctx.save_for_backward(prediction, target, where, divisor)
+        ctx.beta = beta
+        return loss
 
     @staticmethod
-    def backward(ctx, grad_total, _grad_count):
-        (gradient,) = ctx.saved_tensors
-        return ops.reconstruction_loss_bwd(gradient, grad_total), None, None, None
+    def backward(ctx, grad_loss):
+        gradient = ops.reconstruction_loss_bwd(*ctx.saved_tensors, grad_loss, ctx.beta)
+        return gradient, None, None, None, None, None
 
 
 def _check_where(function: str, where: object, like: Tensor, name: str) -> None:
@@ -118,8 +124,9 @@ def replace_tokens(
         return reference.replace_tokens(embeddings, where, pool, index)
     if backend == "auto" and not torch.compiler.is_compiling():
         log_choice("replace_tokens", choice, f"{embeddings.device.type} tensors")
-    source = torch.where(where, index.long().clamp(min=KEEP + 1), KEEP).reshape(-1)
-    return _ReplaceTokens.apply(embeddings, pool, source)
+    if torch.is_grad_enabled() and (embeddings.requires_grad or pool.requires_grad):
+        return _ReplaceTokens.apply(embeddings, where, pool, index)
+    return ops.replace_tokens_fwd(embeddings, where, pool, index)
 
 
 def _check_loss(prediction: Tensor, target: Tensor, where: Tensor | None, beta: float) -> None:
@@ -149,14 +156,6 @@ def _check_items(num_items: Tensor | float | None, reduction: str) -> None:
         check_rank(function, "num_items", num_items, "a 0-d tensor", (0,))
     elif num_items < 0:
         raise ValueError(f"{function}: num_items must not be negative, got {num_items}")
-
-
-def _mean(total: Tensor, items: Tensor | float, dim: int) -> Tensor:
-    """``total`` per component of ``items`` tokens. No tokens count as one: the total is 0 then."""
-    if not isinstance(items, Tensor):
-        return total / ((items if items > 0 else 1) * max(dim, 1))
-    # Division by a 0-d tensor in the total's own dtype: an int64 count would be no narrower.
-    return total / (torch.where(items > 0, items, 1).to(total.dtype) * max(dim, 1))
 
 
 def reconstruction_loss(
@@ -211,11 +210,12 @@ def reconstruction_loss(
         return reference.reconstruction_loss(prediction, target, where, beta, reduction, num_items)
     if backend == "auto" and not torch.compiler.is_compiling():
         log_choice("reconstruction_loss", choice, f"{prediction.device.type} tensors")
-    arguments = (prediction, target.detach(), where, float(beta))
+    if num_items is not None and not isinstance(num_items, Tensor):
+        # Filled on the device from a kernel argument: nothing waits.
+        num_items = torch.full((), num_items, dtype=torch.float64, device=prediction.device)
+    if num_items is not None and num_items.device != prediction.device:
+        num_items = num_items.to(prediction.device, non_blocking=True)
+    arguments = (prediction, target.detach(), where, num_items, float(beta), reduction == "mean")
     if prediction.requires_grad and torch.is_grad_enabled():
-        total, count = _ReconstructionLoss.apply(*arguments)
-    else:
-        total, count, _ = ops.reconstruction_loss_fwd(*arguments, False)
-    if reduction == "sum":
-        return total
-    return _mean(total, count if num_items is None else num_items, prediction.shape[-1])
+        return _ReconstructionLoss.apply(*arguments)
+    return ops.reconstruction_loss_fwd(*arguments)[0]

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from .config import KEEP
-
 _CHUNK_ELEMENTS = 2**22
 
 
@@ -13,27 +11,31 @@ def _precision(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _check_source(source: Tensor, pool_size: int) -> None:
-    bad = source[(source != KEEP) & ((source < 0) | (source >= pool_size))]
+def _places(where: Tensor, index: Tensor, pool_size: int) -> tuple[Tensor, Tensor]:
+    """Flat rows that are replaced, and the pool row of each."""
+    place = where.reshape(-1).nonzero().squeeze(1)
+    drawn = index.reshape(-1)[place].long()
+    bad = drawn[(drawn < 0) | (drawn >= pool_size)]
     if bad.numel() > 0:
         raise ValueError(
             f"replace_tokens: index must be in [0, {pool_size}) where selected, got {bad[0].item()}"
         )
+    return place, drawn
 
 
-def replace_tokens_fwd(embeddings: Tensor, pool: Tensor, source: Tensor) -> Tensor:
+def replace_tokens_fwd(embeddings: Tensor, where: Tensor, pool: Tensor, index: Tensor) -> Tensor:
     """``croc_kernels::replace_tokens_fwd`` for CPU tensors."""
-    _check_source(source, pool.shape[0])
+    place, drawn = _places(where, index, pool.shape[0])
     out = embeddings.clone(memory_format=torch.contiguous_format)
     if out.numel() > 0:
-        place = (source >= 0).nonzero().squeeze(1)
-        out.view(-1, pool.shape[1])[place] = pool[source[place]].to(out.dtype)
+        out.view(-1, pool.shape[1])[place] = pool[drawn].to(out.dtype)
     return out
 
 
 def replace_tokens_bwd(
     grad_out: Tensor,
-    source: Tensor,
+    where: Tensor,
+    index: Tensor,
     pool_size: int,
     pool_dtype: torch.dtype,
     embeddings_grad: bool,
@@ -45,55 +47,74 @@ def replace_tokens_bwd(
     if embeddings_grad:
         embeddings = grad_out.clone(memory_format=torch.contiguous_format)
         if embeddings.numel() > 0:
-            embeddings.view(-1, dim)[source != KEEP] = 0
+            embeddings.view(-1, dim)[where.reshape(-1)] = 0
     pool = grad_out.new_zeros((pool_size if pool_grad else 0, dim), dtype=pool_dtype)
     if pool_grad and grad_out.numel() > 0:
         rows = grad_out.reshape(-1, dim)
         acc = torch.zeros((pool_size, dim), dtype=_precision(grad_out, pool))
+        place, drawn = _places(where, index, pool_size)
         # index_add_ on CPU adds one row after the other: bitwise repeatable.
-        for place in (source >= 0).nonzero().squeeze(1).split(max(1, _CHUNK_ELEMENTS // dim)):
-            acc.index_add_(0, source[place], rows[place].to(acc.dtype))
+        size = max(1, _CHUNK_ELEMENTS // dim)
+        for some, of in zip(place.split(size), drawn.split(size), strict=True):
+            acc.index_add_(0, of, rows[some].to(acc.dtype))
         pool = acc.to(pool_dtype)
     return embeddings, pool
 
 
-def reconstruction_loss_fwd(
-    prediction: Tensor, target: Tensor, where: Tensor | None, beta: float, prediction_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``croc_kernels::reconstruction_loss_fwd`` for CPU tensors."""
-    dtype = _precision(prediction, target)
-    gradient = torch.zeros(prediction.shape if prediction_grad else (0,), dtype=prediction.dtype)
-    tokens, dim = prediction.shape[:-1].numel(), prediction.shape[-1]
+def _selected(like: Tensor, where: Tensor | None) -> tuple[Tensor, ...]:
+    """Flat rows that count, in chunks."""
+    tokens, dim = like.shape[:-1].numel(), max(like.shape[-1], 1)
     chosen = torch.arange(tokens) if where is None else where.reshape(-1).nonzero().squeeze(1)
+    return chosen.split(max(1, _CHUNK_ELEMENTS // dim))
+
+
+def reconstruction_loss_fwd(
+    prediction: Tensor,
+    target: Tensor,
+    where: Tensor | None,
+    items: Tensor | None,
+    beta: float,
+    mean: bool,
+) -> tuple[Tensor, Tensor]:
+    """``croc_kernels::reconstruction_loss_fwd`` for CPU tensors."""
+    dtype, dim = _precision(prediction, target), prediction.shape[-1]
     total = torch.zeros((), dtype=torch.float64)
-    count = torch.tensor(chosen.numel(), dtype=dtype)
+    divisor = torch.ones((), dtype=torch.float64)
     if prediction.numel() == 0:
-        return total.to(dtype), count, gradient
+        return total.to(dtype), divisor.to(dtype)
+    places = _selected(prediction, where)
+    if mean:
+        count = torch.tensor(sum(place.numel() for place in places), dtype=torch.float64)
+        count = count if items is None else items.double()
+        divisor = torch.where(count > 0, count, 1.0) * dim
     a, b = prediction.reshape(-1, dim), target.reshape(-1, dim)
-    for place in chosen.split(max(1, _CHUNK_ELEMENTS // dim)):
+    for place in places:
         difference = a[place].to(dtype) - b[place].to(dtype)
         size = difference.abs()
-        small = size < beta
         if beta > 0:
-            size = torch.where(small, difference.square() / (2 * beta), size - beta / 2)
+            size = torch.where(size < beta, difference.square() / (2 * beta), size - beta / 2)
         total += size.sum(dtype=torch.float64)
-        if prediction_grad:
-            slope = torch.sign(difference)
-            if beta > 0:
-                slope = torch.where(small, difference / beta, slope)
-            gradient.view(-1, dim)[place] = slope.to(gradient.dtype)
-    return total.to(dtype), count, gradient
+    return (total / divisor).to(dtype), divisor.to(dtype)
 
 
-def reconstruction_loss_bwd(gradient: Tensor, scale: Tensor) -> Tensor:
+def reconstruction_loss_bwd(
+    prediction: Tensor,
+    target: Tensor,
+    where: Tensor | None,
+    divisor: Tensor,
+    grad_loss: Tensor,
+    beta: float,
+) -> Tensor:
     """``croc_kernels::reconstruction_loss_bwd`` for CPU tensors."""
-    # A 0-d operand does not widen the other one, and would be rounded to its dtype.
-    out = torch.empty(gradient.shape, dtype=gradient.dtype)
-    flat = zip(
-        out.view(-1).split(_CHUNK_ELEMENTS),
-        gradient.reshape(-1).split(_CHUNK_ELEMENTS),
-        strict=True,
-    )
-    for into, part in flat:
-        into.copy_(part.to(scale.dtype) * scale)
+    out = torch.zeros(prediction.shape, dtype=prediction.dtype)
+    if out.numel() == 0:
+        return out
+    dim, scale = prediction.shape[-1], grad_loss / divisor
+    a, b = prediction.reshape(-1, dim), target.reshape(-1, dim)
+    for place in _selected(prediction, where):
+        difference = a[place].to(scale.dtype) - b[place].to(scale.dtype)
+        slope = torch.sign(difference)
+        if beta > 0:
+            slope = torch.where(difference.abs() < beta, difference / beta, slope)
+        out.view(-1, dim)[place] = (slope * scale).to(out.dtype)
     return out
