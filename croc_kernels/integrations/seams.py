@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import CrocLayer, Replacement
-from . import attention_interface, families, outputs, recipe_mask
+from . import attention_interface, families, outputs, recipe_mask, touch
 
 ATTRIBUTE = "_croc_attachment"
 MODULE = "croc"
@@ -132,6 +132,8 @@ class Attachment:
         if reconstruction is None:
             reconstruction = self.layer.touch() if self.model.training else caption.new_zeros(())
         loss = caption + self.layer.loss_weight * reconstruction.to(caption.dtype)
+        if self.model.training:
+            loss = touch.in_step(loss, touch.image_path(self.inner, self.language_model))
         if plain:
             return (loss, *output[1:])
         return outputs.with_losses(output, loss, caption, reconstruction)

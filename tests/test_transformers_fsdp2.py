@@ -1,0 +1,79 @@
+"""An attached model, sharded by FSDP2 over two processes, one of which gets no image."""
+
+import copy
+import multiprocessing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers_zoo as zoo
+from transformers_stage import RECIPES, attached
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["transformers_stage"])
+RANKS = 2
+
+
+def batch_of_rank(inputs: dict[str, Any], rank: int) -> dict[str, Any]:
+    """All three samples on the first rank, the last one, which is text alone, on the second."""
+    if rank == 0:
+        return inputs
+    return {name: inputs[name][2:] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def run_rank(rank: int, recipe: str, store: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    case = zoo.CASES["llava"]
+    # With every token masked there is nothing left to draw: ranks may be compared.
+    model = attached(case, recipe, mask_ratio=1.0)
+    inputs = zoo.batch(case, case.model())
+    assert not (batch_of_rank(inputs, 1)["input_ids"] == zoo.IMAGE).any()
+    plain = copy.deepcopy(model)
+    expected: dict[str, torch.Tensor] = {}
+    for other in range(RANKS):
+        plain.zero_grad()
+        loss = plain(**batch_of_rank(inputs, other)).loss
+        loss.backward()
+        if other == rank:
+            own_loss = loss.item()
+        for name, gradient in gradients(plain).items():
+            expected[name] = expected.get(name, 0.0) + gradient.clone() / RANKS
+    assert any("croc" in name and g.abs().sum() > 0 for name, g in expected.items())
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS
+    )
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(**batch_of_rank(inputs, rank)).loss
+    assert abs(loss.item() - own_loss) <= 1e-6 * abs(own_loss)
+    loss.backward()
+    found = gradients(model)
+    assert found.keys() >= expected.keys()
+    for name, gradient in found.items():
+        # What no rank uses, such as the tower's last layer, has a gradient of zeros.
+        exact = expected.get(name, torch.zeros(gradient.shape))
+        torch.testing.assert_close(gradient.full_tensor(), exact, atol=1e-6, rtol=1e-4)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_sharded_ranks_have_the_gradients_of_one(recipe: str, tmp_path: Path) -> None:
+    """A rank without an image must join every collective, or the other waits for ever."""
+    ranks = [CONTEXT.Process(target=run_rank, args=(r, recipe, tmp_path / "s")) for r in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
