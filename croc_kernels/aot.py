@@ -65,8 +65,10 @@ def compile(case: CompileCase, arch: int) -> CompileReport:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(
+    kind = GluonASTSource if case.fn.is_gluon() else ASTSource
+    source = kind(
         fn=case.fn, signature=case.signature, constexprs=case.constexprs, attrs=case.attrs
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}

@@ -51,7 +51,9 @@ def test_every_kernel_has_a_case(package, arch):
     compiled = {case.fn.__name__ for case in cases_of(package, arch)}
     folder = importlib.import_module(f"croc_kernels.{package}").__path__[0]
     kernels = set()
-    for module in ("forward", "backward", "kernel", "mask_kernel", "loss_kernel"):
+    modules = ["forward", "backward", "kernel", "mask_kernel", "loss_kernel"]
+    modules += ["hopper_backward"] * (arch == 90)
+    for module in modules:
         if importlib.util.find_spec(f"croc_kernels.{package}.{module}") is None:
             continue
         loaded = importlib.import_module(f"croc_kernels.{package}.{module}")

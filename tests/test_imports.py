@@ -153,7 +153,8 @@ def lines_of(node: ast.AST) -> int:
 
 def is_kernel(node: ast.AST) -> bool:
     """Whether a function is a Triton kernel or a helper of one."""
-    return any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+    names = [ast.unparse(d) for d in node.decorator_list]
+    return any("triton.jit" in name or "gluon.jit" in name for name in names)
 
 
 def test_sizes():

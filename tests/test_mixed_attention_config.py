@@ -34,6 +34,32 @@ def test_config_tiles_are_powers_of_two_that_fit(arch, dim, dtype):
     assert buffered <= SHARED[arch] * 1024
 
 
+def test_config_takes_the_hopper_backward_only_where_it_can():
+    fits = {"plain_scores": True, "aligned": True}
+    for dim in config.HEAD_DIMS:
+        for dtype in (torch.float16, torch.bfloat16):
+            picked = config.pick_hopper_backward(90, dim, dtype, **fits)
+            assert (picked is not None) == (dim in config.HOPPER_BACKWARD)
+            for change in fits:
+                without = config.pick_hopper_backward(90, dim, dtype, **fits | {change: False})
+                assert without is None
+    for arch in (*SHARED, 0):
+        picked = config.pick_hopper_backward(arch, 128, torch.bfloat16, **fits)
+        assert (picked is not None) == (arch == 90)
+    assert config.pick_hopper_backward(90, 128, torch.float32, **fits) is None
+
+
+def test_config_tma_takes_what_is_aligned_to_sixteen_bytes():
+    packed = torch.empty(2, 300, 12, 64, dtype=torch.bfloat16)
+    assert config.tma_aligned(packed[:, :, 4:8].transpose(1, 2))
+    assert config.tma_aligned(packed[:1, :1, :1].transpose(1, 2))
+    odd = torch.empty(2, 300, 4, 65, dtype=torch.bfloat16)
+    assert not config.tma_aligned(odd[..., 1:].transpose(1, 2))
+    assert not config.tma_aligned(packed.flatten()[4:-60].reshape(-1, 64)[None, None])
+    assert not config.tma_aligned(packed[:1].expand(2, -1, -1, -1))
+    assert not config.tma_aligned(torch.empty(1, 1, 64, 300, dtype=torch.bfloat16).mT)
+
+
 @pytest.mark.parametrize(("scale", "softcap"), [(0.125, 0.0), (0.5, 30.0)])
 def test_config_factors_give_base_two_logits(scale, softcap):
     inner, outer = config.factors(scale, softcap)

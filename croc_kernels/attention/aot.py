@@ -3,7 +3,7 @@
 import torch
 
 from ..aot import CompileCase
-from . import backward, config, forward, mask_aot
+from . import backward, config, forward, hopper_aot, mask_aot
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _ALIGNED = [["tt.divisibility", 16]]
@@ -132,4 +132,4 @@ def compile_cases(arch: int) -> list[CompileCase]:
         backward_case(arch, 128, bf16, until=True, group=4),
         backward_case(arch, 256, bf16, softcap=True), delta_case(256, bf16),
     ]  # fmt: skip
-    return cases + mask_aot.compile_cases()
+    return cases + mask_aot.compile_cases() + hopper_aot.compile_cases(arch)

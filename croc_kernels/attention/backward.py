@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import config
 from .config import LOG2_E
+from .hopper_backward import hopper_bwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
@@ -298,10 +299,20 @@ def mixed_attention_bwd(
     """Op ``mixed_attention_bwd`` on CUDA: gradients of q, k and v."""
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    picked = config.pick_backward(config.arch_of(q), q.shape[3], q.dtype, q.shape[2])
+    arch, dim = config.arch_of(q), q.shape[3]
     grads = [_empty_heads_last(x) for x in (q, k, v)]
     if k.numel() == 0 or q.numel() == 0:
         return tuple(g.zero_() for g in grads)
+    aligned = all(config.tma_aligned(x) for x in (q, k, v, grad_out))
+    plain_scores = visible_until is None and softcap == 0.0
+    hopper = config.pick_hopper_backward(arch, dim, q.dtype, plain_scores, aligned)
+    if hopper is not None and not deterministic:
+        with config.on_device(q):
+            hopper_bwd(
+                grad_out, grad_lse, q, k, v, out, lse, row_start, row_end, scale, grads, hopper
+            )
+        return tuple(grads)
+    picked = config.pick_backward(arch, dim, q.dtype, q.shape[2])
     (batch, heads, length, _), (_, key_heads, num_keys, _) = q.shape, k.shape
     key_programs = triton.cdiv(num_keys, picked.keys_block_n) * batch * key_heads
     query_programs = triton.cdiv(length, picked.queries_block_m) * batch * heads

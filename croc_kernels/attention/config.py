@@ -56,6 +56,19 @@ class BackwardConfig:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class HopperBackwardConfig:
+    """Tiles of the warp-specialised backward kernel."""
+
+    block_m: int
+    block_n: int
+    stages: int
+
+    def constants(self) -> dict[str, object]:
+        """Constexpr arguments of the kernel."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages}
+
+
 def split_head(dim: int) -> tuple[int, int]:
     """D as a sum of two powers of two, the second possibly 0: 80 = 64 + 16, 128 = 128 + 0."""
     first = 1 << (dim.bit_length() - 1)
@@ -134,6 +147,31 @@ def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Backw
     if dtype == torch.float32:
         return BackwardConfig(*(4 * (32 if dim <= 64 else 16,)), 8, 1)
     return BackwardConfig(*_row(_BACKWARD[family(arch)], dim))
+
+
+# (block_m, block_n, stages) per head dimension.
+HOPPER_BACKWARD = {64: (128, 128, 2), 128: (64, 128, 2)}
+
+
+def pick_hopper_backward(
+    arch: int, dim: int, dtype: torch.dtype, plain_scores: bool, aligned: bool
+) -> HopperBackwardConfig | None:
+    """Tiles of the warp-specialised backward, or None where the plain kernel has to do.
+
+    ``plain_scores``: neither a soft cap nor ``visible_until``; ``aligned``: :func:`tma_aligned`
+    holds for all tensors.
+    """
+    tiles = HOPPER_BACKWARD.get(dim)
+    if arch != 90 or dtype == torch.float32 or not (plain_scores and aligned and tiles):
+        return None
+    return HopperBackwardConfig(*tiles)
+
+
+def tma_aligned(x: Tensor) -> bool:
+    """Whether a (B, H, L, D) tensor can be read through a TMA descriptor."""
+    strides = [s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1]
+    whole = all(s > 0 and s * x.element_size() % 16 == 0 for s in strides[:-1])
+    return whole and x.stride(3) == 1 and x.data_ptr() % 16 == 0
 
 
 @functools.cache
