@@ -5,6 +5,9 @@ from . import mask_kernel
 
 _SOURCES = {"types": "*i1", "spans": "*i64", "prefix": "*i64", "labels": "*i64", "causal": "*i1"}
 
+# Accepted, in bytes: triton 3.9.0 spills 8 in mask_columns on sm_90, 3.6.0 and 3.7.1 nothing.
+SPILLS = 16
+
 
 def _case(name: str, fn: object, pointers: dict[str, str], constants: dict) -> CompileCase:
     block, sizes = mask_kernel.BLOCK, ("length", "num_spans", "num_borders", "ignore_index")
@@ -18,7 +21,9 @@ def _case(name: str, fn: object, pointers: dict[str, str], constants: dict) -> C
         if argument in pointers
     }
     warps = block // mask_kernel.ELEMENTS_PER_WARP
-    return CompileCase(name, fn, types, constants, attrs, warps, 3, has_dot=False)
+    return CompileCase(
+        name, fn, types, constants, attrs, warps, 3, has_dot=False, spill_allowance=SPILLS
+    )
 
 
 def compile_cases() -> list[CompileCase]:

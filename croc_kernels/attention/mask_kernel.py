@@ -98,7 +98,8 @@ def _paint_spans(
         good = (row >= 0) & (row < tl.num_programs(0))
         good = good & (first >= 0) & (first <= past) & (past <= length)
         code = tl.where(good, 0, _RANGE)
-        tl.store(span_fault_ptr + span, code, mask=mask & (sample == 0))
+        if sample == 0:
+            tl.store(span_fault_ptr + span, code, mask=mask)
         used = mask & good & (past > first) & (row == sample)
         one = tl.full((BLOCK,), 1, tl.int32)
         tl.atomic_add(start_ptr + first, one, mask=used, sem="relaxed")
