@@ -5,8 +5,8 @@ from . import mask_kernel
 
 _SOURCES = {"types": "*i1", "spans": "*i64", "prefix": "*i64", "labels": "*i64", "causal": "*i1"}
 
-# Accepted, in bytes: triton 3.9.0 spills 8 in mask_columns on sm_90, 3.6.0 and 3.7.1 nothing.
-SPILLS = 16
+# Accepted spills, in bytes: triton 3.9.0 has 72 (sm_100) and 8 (sm_90), 3.6.0 and 3.7.1 none.
+SPILLS = {"mask_rows-spans-packed": 96, "mask_columns-plain": 16}
 
 
 def _case(name: str, fn: object, pointers: dict[str, str], constants: dict) -> CompileCase:
@@ -22,7 +22,15 @@ def _case(name: str, fn: object, pointers: dict[str, str], constants: dict) -> C
     }
     warps = block // mask_kernel.ELEMENTS_PER_WARP
     return CompileCase(
-        name, fn, types, constants, attrs, warps, 3, has_dot=False, spill_allowance=SPILLS
+        name,
+        fn,
+        types,
+        constants,
+        attrs,
+        warps,
+        3,
+        has_dot=False,
+        spill_allowance=SPILLS.get(name, 0),
     )
 
 
