@@ -8,6 +8,7 @@ PIP_ARGS ?=
 TORCH ?= $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(CONSTRAINTS))
 DEMO_ARGS ?=
 TEST_ARGS ?=
+MATRIX_ARGS ?=
 BENCH_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
@@ -20,7 +21,7 @@ READY := $(VENV)/.ready
 endif
 PIP_INSTALL = $(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) $(PIP_ARGS)
 
-.PHONY: build test test-cpu lint bench plot demo wheel venv clean
+.PHONY: build test test-cpu matrix lint bench plot demo wheel venv clean
 .DELETE_ON_ERROR:
 
 # From the start each time; `croc-kernels pretrain --demo --resume` goes on instead.
@@ -34,6 +35,10 @@ test: build
 
 test-cpu: build
 	$(PY) -m pytest -m "not gpu and not slow" $(TEST_ARGS)
+
+# The tests that touch transformers, on each version of it that the package takes (tests/matrix.py).
+matrix: build
+	$(PY) tests/matrix.py $(MATRIX_ARGS)
 
 build: $(READY)
 	$(PY) setup.py -q build_ext --inplace

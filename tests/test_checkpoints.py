@@ -154,7 +154,11 @@ def test_converted_checkpoint_trains_and_generates(kind, tmp_path):
     words = {f"w{i}": i for i in range(VOCAB)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w1").save_pretrained(source)
+    # As the tokenizers of LLaVA's models: transformers 4.57 would add token_type_ids by default.
+    names = ["input_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="w1", model_input_names=names
+    ).save_pretrained(source)
     convert(source, tmp_path / "llava")
     model = from_pretrained(tmp_path / "llava")
     recipe = "croc-released" if kind == "croc" else "victor"

@@ -178,6 +178,8 @@ def test_generation_matches_eager(case, cache):
         expected = model.generate(**inputs, **options)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         pytest.skip(f"eager itself fails with a {cache} cache: {error}")
+    if (case.name, cache) == ("qwen3_vl", "static") and transformers.__version__ < "5":
+        pytest.skip("transformers 4.57 takes the diagonal of a prepared mask: dense ones only")
     model.set_attn_implementation("croc")
     assert torch.equal(model.generate(**inputs, **options), expected)
 
@@ -230,7 +232,12 @@ def test_fullgraph_compile(name):
         inputs = zoo.batch(case, model)
     model.set_attn_implementation({"text_config": "croc"} if name != "llama" else "croc")
     plain = model(**inputs).logits
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).logits
+    try:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).logits
+    except torch._dynamo.exc.Unsupported as error:
+        if zoo.UNTRACEABLE not in str(error):
+            raise
+        pytest.skip(zoo.UNTRACEABLE_REASON)
     torch.testing.assert_close(compiled, plain, rtol=0, atol=TOLERANCE)
 
 

@@ -1,5 +1,6 @@
 """The model classes that :func:`attach` knows, and how each hands out its image features."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ class Family:
             there too.
         divided: up to 4.57 the features leave the model divided by sqrt(C), because the language
             model multiplies all its inputs by it.
+        joined: in some versions (5.8 is one) the tokens of all images come as one matrix, and
+            ``image_position_ids`` tell where each image ends.
     """
 
     class_name: str
@@ -28,6 +31,7 @@ class Family:
     spans: str = "lengths"
     deepstack: bool = False
     divided: bool = False
+    joined: bool = False
 
 
 FAMILIES = {
@@ -40,7 +44,7 @@ FAMILIES = {
         Family("Qwen2_5_VLForConditionalGeneration"),
         Family("Qwen3VLForConditionalGeneration", deepstack=True),
         Family("Gemma3ForConditionalGeneration"),
-        Family("Gemma4ForConditionalGeneration"),
+        Family("Gemma4ForConditionalGeneration", joined=True),
         Family("PaliGemmaForConditionalGeneration", divided=True),
     )
 }
@@ -141,8 +145,19 @@ def find_newlines(
     return Newlines(lengths, marks)
 
 
-def read_features(family: Family, output: Any) -> tuple[Any, list[Tensor], list[Any]]:
-    """What ``get_image_features`` returned, taken apart.
+def joined_lengths(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Tokens of each image, from what ``get_image_features`` of a joined family was called with."""
+    bound = inspect.signature(type(module).get_image_features).bind(module, *args, **kwargs)
+    positions = bound.arguments["image_position_ids"]
+    patches = module.config.vision_config.pooling_kernel_size**2
+    # The vision tower itself waits for the device here: it leaves out padding by a mask.
+    return ((positions != -1).all(-1).sum(-1) // patches).tolist()
+
+
+def read_features(
+    family: Family, output: Any, lengths: Sequence[int] = ()
+) -> tuple[Any, list[Tensor], list[Any]]:
+    """What ``get_image_features`` returned, taken apart; ``lengths`` cut a matrix of all images.
 
     Returns:
         The features as they came (a list, tuple or tensor), one (T, C) tensor per image, and the
@@ -157,7 +172,7 @@ def read_features(family: Family, output: Any) -> tuple[Any, list[Tensor], list[
     elif family.deepstack:
         features, deepstack = output[0], list(output[1])
     if isinstance(features, Tensor):
-        images = list(features.unbind(0)) if features.dim() == 3 else [features]
+        images = list(features.unbind(0) if features.dim() == 3 else features.split(list(lengths)))
     else:
         images = list(features)
     return features, images, deepstack
@@ -176,7 +191,7 @@ def write_features(
 ) -> Any:
     """The inverse of :func:`read_features`."""
     if isinstance(features, Tensor):
-        changed: Any = torch.stack(images) if features.dim() == 3 else images[0]
+        changed: Any = torch.stack(images) if features.dim() == 3 else torch.cat(images)
     else:
         changed = type(features)(images)
     if hasattr(output, "pooler_output"):

@@ -10,7 +10,7 @@ where FSDP and ZeRO have the parameters whole, and inside autocast.
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -144,12 +144,16 @@ class Attachment:
         """Image features: inside a forward those of the stage, else the projector's own."""
         output = self._original(self.inner, "get_image_features")(*args, **kwargs)
         # generate() may encode images beforehand and hand them to forward, which comes by here.
-        return output if self.step is None else self._replace(output)
+        if self.step is None:
+            return output
+        joined = self.family.joined and isinstance(getattr(output, "pooler_output", None), Tensor)
+        lengths = families.joined_lengths(self.inner, args, kwargs) if joined else ()
+        return self._replace(output, lengths)
 
-    def _replace(self, output: Any) -> Any:
+    def _replace(self, output: Any, lengths: Sequence[int] = ()) -> Any:
         """Normalise the features and, in training with labels, mask and replace them."""
         step = self.step
-        held, images, deepstack = families.read_features(self.family, output)
+        held, images, deepstack = families.read_features(self.family, output, lengths)
         rows = torch.cat(images) if len(images) != 1 else images[0]
         step.row_lengths = tuple(image.shape[0] for image in images)
         active = self.model.training and step.inputs["labels"] is not None
@@ -199,6 +203,22 @@ class Attachment:
         """Where the images' rows lie in the flattened batch, newlines included."""
         is_visual = self.step.inputs["input_ids"] == self.image_token
         return families.visual_positions(is_visual, sum(self.step.row_lengths))
+
+    def before_inner(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse a call that did not come through :meth:`forward`: the stage would silently be
+        left out of it.
+        """
+        if self.step is not None:
+            return
+        if self.model.training or kwargs.get("pixel_values") is not None:
+            raise RuntimeError(
+                f"attach: {type(module).__name__} must be called by the forward that attach "
+                "wrapped, or features stay raw and no image is reconstructed; either something "
+                "replaced model.forward since (Liger's fused loss: apply it first, then attach) or "
+                "calls model.model itself (TRL's SFTTrainer): docs/integrations.md, neighbours"
+            )
 
     # --- the language model -----------------------------------------------------------------------
 
@@ -308,10 +328,14 @@ class Attachment:
             note(f"{type(module).__name__}.{name} (this instance): {purpose}")
         text = self.language_model
         self.undo.hooks = [
+            self.inner.register_forward_pre_hook(self.before_inner, with_kwargs=True),
             text.register_forward_pre_hook(self.before_language_model, with_kwargs=True),
             text.register_forward_hook(self.after_language_model),
         ]
         name = type(text).__name__
+        note(
+            f"{type(self.inner).__name__}: forward pre-hook (refuses calls past the root's forward)"
+        )
         note(f"{name}: forward pre-hook (the recipe's mask)")
         note(f"{name}: forward hook (reconstruction from the last hidden states)")
 
