@@ -62,7 +62,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.config.getoption("--device"))
+    chosen = torch.device(request.config.getoption("--device"))
+    timing.capturable_stream(chosen)
+    return chosen
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,10 @@
-"""Times inside pytest-benchmark: CUDA events with a cold L2, or wall time on a CPU."""
+"""Times inside pytest-benchmark: CUDA events with a cold L2, or wall time on a CPU.
+
+A call of a few launches waits for Python, not for the device. So each call, ours and the peers', is
+captured into a CUDA graph where it can be and the replay is timed; the row says which (``timing``),
+why a call was not captured (``uncaptured``), what it takes as it is called (``eager_ms``), and how
+long it keeps the host (``host_us``).
+"""
 
 import math
 import statistics
@@ -16,6 +22,9 @@ SLOW_SECONDS = 0.1  # calls above it are warmed up SLOW_WARMUPS times, and run S
 SLOW_WARMUPS, SLOW_ROUNDS = 1, 5
 ENDLESS_SECONDS = 2.0  # calls above it are run once more, and their count says so
 FLUSH_BYTES = 256 << 20  # several times the largest L2 (H200: 60 MB)
+# Longer calls hide their launches, and a graph would keep all their memory.
+CAPTURE_SECONDS = 20e-3
+HOST_ROUNDS = 10
 
 
 class CudaMark:
@@ -45,6 +54,49 @@ def flusher(device: torch.device) -> Callable[[], None] | None:
         buffer.zero_()
 
     return flush
+
+
+def capturable_stream(device: torch.device) -> None:
+    """Leave the default stream, which can't be captured, for the rest of the process: a backward
+    pass runs on the stream of its forward pass.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))
+
+
+def capture(call: Callable[[], object]) -> tuple[Callable[[], object], str | None]:
+    """What replays ``call``, or ``call`` itself and the reason. It has run before, so that nothing
+    is compiled or loaded now.
+    """
+    graph, reason = torch.cuda.CUDAGraph(), None
+    torch.cuda.synchronize()
+    graph.capture_begin()
+    try:
+        # Results stay alive until the capture has ended, or their memory would be used again.
+        results = call()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+    try:
+        graph.capture_end()
+    except Exception as error:
+        reason = reason or f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+    if reason is None:
+        del results
+        return graph.replay, None
+    torch.cuda.synchronize()
+    return call, reason
+
+
+def host_seconds(call: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median seconds until a call returns, with nothing before it on the device."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize(device)
+    return statistics.median(times)
 
 
 @dataclass(frozen=True)
@@ -107,6 +159,26 @@ def plan(estimate: float) -> tuple[int, int]:
     return WARMUPS, min(MAX_ROUNDS, max(MIN_ROUNDS, rounds))
 
 
+def _on_cuda(
+    call: Callable[[], object], device: torch.device, estimate: float, info: dict[str, object]
+) -> tuple[Callable[[], object], dict[str, object]]:
+    """The call to be timed, and its row with what is measured beside the time."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    peak = torch.cuda.max_memory_allocated(device) - before
+    rounds = HOST_ROUNDS if estimate <= SLOW_SECONDS else 1
+    host = host_seconds(call, device, rounds)
+    row = {"peak_bytes": peak, "host_us": host * 1e6, "timing": "eager", "uncaptured": None}
+    if estimate > CAPTURE_SECONDS:
+        row["uncaptured"] = f"takes more than {CAPTURE_SECONDS * 1e3:.0f} ms"
+    else:
+        row["eager_ms"] = seconds_of(call, device, rounds) * 1e3
+        call, row["uncaptured"] = capture(call)
+        row["timing"] = "eager" if row["uncaptured"] else "graph"
+    return call, info | row
+
+
 def measure(
     benchmark: Any,
     call: Callable[[], object],
@@ -127,21 +199,14 @@ def measure(
     """
     cuda = device.type == "cuda"
     call()
+    if benchmark.disabled:
+        benchmark.pedantic(call)
+        return
     estimate = seconds_of(call, device, 3 if cuda else 1)
     warmups, rounds = plan(estimate)
     if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        info["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    benchmark.pedantic(
-        call,
-        setup=flusher(device),
-        rounds=rounds,
-        warmup_rounds=warmups,
-    )
-    if benchmark.disabled:
-        return
+        call, info = _on_cuda(call, device, estimate, info)
+    benchmark.pedantic(call, setup=flusher(device), rounds=rounds, warmup_rounds=warmups)
     times = sorted(benchmark.stats.stats.data)
     fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times
     median = statistics.median(times)
