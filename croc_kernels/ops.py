@@ -264,3 +264,38 @@ reconstruction_loss_bwd = _define(
     cpu=".replacement.cpu:reconstruction_loss_bwd",
     fake=lambda prediction, *_: prediction.new_empty(prediction.shape),
 )
+
+
+# --- layer -------------------------------------------------------------------------------------
+
+
+# (B, width) int64 places in the packed tensor: each image's tokens in a random order. seeds: one
+# per micro-batch. table: (4, B) int64 start, length, first place of the micro-batch and number of
+# the micro-batch, of each image; None for one micro-batch of images with `longest` tokens each.
+draw_order = _define(
+    "draw_order(Tensor seeds, Tensor? table, SymInt batch, SymInt longest, SymInt width, "
+    "SymInt total, int rank) -> Tensor",
+    triton=".layer.kernel:draw_order",
+    cpu=".layer.matching:sorted_places",
+    fake=lambda seeds, table, batch, longest, width, *_: seeds.new_empty((batch, width)),
+)
+
+
+def _l2_normalize_fwd_fake(x):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=wide)
+
+
+# Rows of norm 1 and their norms before, at least 1e-12; and the gradient of the rows.
+l2_normalize_fwd = _define(
+    "l2_normalize_fwd(Tensor x) -> (Tensor, Tensor)",
+    triton=".layer.kernel:l2_normalize_fwd",
+    cpu=".layer.normalization:l2_normalize_fwd",
+    fake=_l2_normalize_fwd_fake,
+)
+l2_normalize_bwd = _define(
+    "l2_normalize_bwd(Tensor grad, Tensor y, Tensor norm) -> Tensor",
+    triton=".layer.kernel:l2_normalize_bwd",
+    cpu=".layer.normalization:l2_normalize_bwd",
+    fake=lambda grad, y, norm: y.new_empty(y.shape),
+)

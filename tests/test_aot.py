@@ -11,7 +11,7 @@ import pytest
 
 from croc_kernels import aot
 
-PACKAGES = ("attention", "cost", "replacement")
+PACKAGES = ("attention", "cost", "layer", "replacement")
 # Bytes of shared memory that one program may use: CUDA C++ programming guide, compute capabilities.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from test_layer import C
 from torch import Tensor, nn
 
+from croc_kernels import ops
 from croc_kernels.layer.heads import BertHead
 from croc_kernels.layer.normalization import l2_normalize
 from croc_kernels.layer.packing import as_kernel_arguments, device_integers, padding
@@ -54,6 +55,19 @@ def test_normalisation_gradient_in_bfloat16_beats_torch() -> None:
     plain = gradient(lambda y: F.normalize(y, dim=1), torch.bfloat16)
     own = gradient(l2_normalize, torch.bfloat16)
     assert_within_budget(own, exact, plain, torch.bfloat16, "normalisation gradient")
+
+
+def test_normalisation_opcheck() -> None:
+    for x in (torch.randn(3, 4), torch.randn(2, 3, 5).bfloat16(), torch.randn(4, 3).T):
+        torch.library.opcheck(ops.l2_normalize_fwd, (x,))
+        y, norm = ops.l2_normalize_fwd(x)
+        torch.library.opcheck(ops.l2_normalize_bwd, (torch.randn_like(x), y, norm))
+
+
+def test_draw_opcheck() -> None:
+    seeds, table = torch.tensor([5, 2**62]), torch.tensor([[0, 3], [3, 4], [0, 3], [0, 1]])
+    torch.library.opcheck(ops.draw_order, (seeds[:1], None, 2, 6, 4, 12, 1))
+    torch.library.opcheck(ops.draw_order, (seeds, table, 2, 4, 4, 7, 1))
 
 
 # --- packed images -------------------------------------------------------------------------------

@@ -149,7 +149,10 @@ class CrocLayer(nn.Module):
         with torch.no_grad():
             self.pool.normal_()
             if self.pool_init == "unit":
-                self.pool.copy_(l2_normalize(self.pool))
+                # Not by the op, which knows no sharded pool.
+                wide = torch.promote_types(self.pool.dtype, torch.float32)
+                norm = torch.linalg.vector_norm(self.pool, dim=1, keepdim=True, dtype=wide)
+                self.pool.div_(norm)
         if self.recipe.head == "bert":
             self.head.reset_parameters()
         else:

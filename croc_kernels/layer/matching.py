@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..assignment.api import linear_assignment_ex
 from ..cost.api import nearest_token, token_cost
-from .packing import all_equal, device_integers, padding, scatter_back
+from .packing import all_equal, device_integers, scatter_back, starts_of
 
 _WORD = 2**32 - 1
+MIX_FACTORS = (0x21F0AAAD, 0x735A2D97)
 
 
 class Matching(NamedTuple):
@@ -68,6 +70,11 @@ def current_rank() -> int:
     return torch.distributed.get_rank() if running else 0
 
 
+def rank_offset(rank: int) -> int:
+    """What a rank changes in a seed's lower word."""
+    return rank * 0x9E3779B9 & _WORD
+
+
 def hash_places(place: Tensor, seed: Tensor, rank: int) -> Tensor:
     """One 32-bit key per place, as int64; distinct places get distinct keys.
 
@@ -75,41 +82,67 @@ def hash_places(place: Tensor, seed: Tensor, rank: int) -> Tensor:
     of 32-bit words. No product exceeds 2**63, since signed overflow is undefined in compiled code.
     """
     factor = (seed >> 32) | 1
-    offset = (seed & _WORD) ^ (rank * 0x9E3779B9 & _WORD)
+    offset = (seed & _WORD) ^ rank_offset(rank)
     key = (place * factor + offset) & _WORD
-    key = ((key ^ (key >> 16)) * 0x21F0AAAD) & _WORD
-    key = ((key ^ (key >> 15)) * 0x735A2D97) & _WORD
+    key = ((key ^ (key >> 16)) * MIX_FACTORS[0]) & _WORD
+    key = ((key ^ (key >> 15)) * MIX_FACTORS[1]) & _WORD
     return key ^ (key >> 15)
 
 
-def draw_order(
-    lengths: Sequence[int], images: Sequence[int], seeds: Sequence[Tensor], rank: int
+def sorted_places(
+    seeds: Tensor,
+    table: Tensor | None,
+    batch: int,
+    longest: int,
+    width: int,
+    total: int,
+    rank: int,
 ) -> Tensor:
-    """(B, T) places in the packed tensor: each image's own in a random order, what lies past its
-    end last.
+    """``croc_kernels::draw_order`` in PyTorch."""
+    slot = torch.arange(longest, device=seeds.device)
+    if table is None:
+        index = slot + longest * torch.arange(batch, device=seeds.device)[:, None]
+        key = hash_places(index, seeds, rank)
+    else:
+        start, length, first, group = table[..., None]
+        # A slot past the image's end repeats its last token.
+        near = torch.minimum(slot, (length - 1).clamp_min(0)) + start
+        index = near.clamp_max(total - 1)
+        key = hash_places(index - first, seeds[group], rank)
+        key = torch.where(slot < length, key, _WORD + 1)
+    return index.gather(1, key.sort(dim=1, stable=True).indices[:, :width])
+
+
+def draw_order(
+    lengths: Sequence[int],
+    images: Sequence[int],
+    seeds: Sequence[Tensor],
+    rank: int,
+    width: int | None = None,
+) -> Tensor:
+    """(B, width) places in the packed tensor: each image's own in a random order, what lies past
+    its end last.
 
     Args:
         lengths: tokens of each image, of all micro-batches one after another.
         images: number of images of each micro-batch.
         seeds: one (1,) draw per micro-batch.
         rank: of this process.
+        width: how many of each image, by default all of the longest.
     """
-    index, valid = padding(lengths, seeds[0].device)
-    place, seed = index, seeds[0]
-    if len(images) > 1:
+    longest, table = max(lengths), None
+    if len(images) > 1 or not all_equal(lengths):
         # Places count from the micro-batch's own first token, as if it came alone.
-        starts = list(accumulate(lengths, initial=0))
-        first = [starts[i] for i in accumulate(images, initial=0)][:-1]
-        per_image = [
-            start for start, count in zip(first, images, strict=True) for _ in range(count)
-        ]
-        place = index - device_integers(per_image, index.device)[:, None]
-        pairs = zip(seeds, images, strict=True)
-        seed = torch.cat([seed.expand(count) for seed, count in pairs])[:, None]
-    key = hash_places(place, seed, rank)
-    if valid is not None:
-        key = torch.where(valid, key, _WORD + 1)
-    return index.gather(1, key.sort(dim=1, stable=True).indices)
+        starts = starts_of(lengths)
+        firsts = [starts[i] for i in accumulate(images, initial=0) if i < len(starts)]
+        pairs = enumerate(zip(firsts, images, strict=False))
+        owners = [(first, group) for group, (first, count) in pairs for _ in range(count)]
+        columns = (starts, lengths, *zip(*owners, strict=True))
+        values = [value for column in columns for value in column]
+        table = device_integers(values, seeds[0].device).view(4, -1)
+    packed = seeds[0] if len(seeds) == 1 else torch.cat(list(seeds))
+    width = longest if width is None else width
+    return ops.draw_order(packed, table, len(lengths), longest, width, sum(lengths), rank)
 
 
 def make_problems(order: Tensor, counts: Sequence[int], rows_per_round: int) -> Problems:
@@ -223,8 +256,12 @@ def match_micro_batches(
     seeds = [draw_seed(packed.device, generator) for _ in some]
     flat_lengths = [length for i in some for length in lengths[i]]
     flat_counts = [count for i in some for count in counts[i]]
-    order = draw_order(flat_lengths, [len(lengths[i]) for i in some], seeds, rank)
-    problems = make_problems(order, flat_counts, max(flat_counts) if nearest else pool.shape[0])
+    most = max(flat_counts)
+    rows_per_round = most if nearest else pool.shape[0]
+    images = [len(lengths[i]) for i in some]
+    width = most if most <= rows_per_round else None
+    order = draw_order(flat_lengths, images, seeds, rank, width)
+    problems = make_problems(order, flat_counts, rows_per_round)
     # Costs are float32 whatever the tokens are; the operators take no wider input.
     packed = packed.float() if packed.dtype == torch.float64 else packed
     pool = pool.to(packed.dtype)
