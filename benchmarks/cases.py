@@ -236,5 +236,11 @@ REPLACEMENT_GPU = (Replacement("croc-1k-B16", 16, 1024), Replacement("croc-2k-B3
 REPLACEMENT_CPU = (Replacement("croc-800-B2-C512", 2, 800, dim=512),)
 STEP_GPU = (Matching("step-init-B4", 4), Matching("step-trained-B32", 32, kind="trained"))
 STEP_CPU = (Matching("step-trained-B1-C512", 1, kind="trained", dim=512),)
+LAYER_GPU = (
+    Matching("init-B4", 4, num_tokens=IMAGE_TOKENS),
+    Matching("trained-B4", 4, num_tokens=IMAGE_TOKENS, kind="trained"),
+    Matching("trained-B32", 32, num_tokens=IMAGE_TOKENS, kind="trained"),
+)
+LAYER_CPU = (Matching("trained-B1-C256", 1, num_tokens=IMAGE_TOKENS, kind="trained", dim=256),)
 TRAINING_GPU = (Training("llava-7b-B4", 4, 1024, 32),)
 TRAINING_CPU = (Training("tiny-B2", 2, 128, 2, dim=256, image_tokens=64, pool_size=128),)

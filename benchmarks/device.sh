@@ -54,7 +54,7 @@ for name in "${stages[@]}"; do
     warm)
       # Each row once, without timing, in many processes: compiled kernels stay on disk for `bench`.
       stage warm 150 "$PYTHON" -m pytest benchmarks -q -n "${WARM_JOBS:-12}" -p no:cacheprovider -W ignore \
-        --device=cuda -k "attention or cost or nearest or replace or reconstruction or mask_build or matching" ${WARM_ARGS:-}
+        --device=cuda -k "attention or cost or nearest or replace or reconstruction or mask_build or matching or layer_replace" ${WARM_ARGS:-}
       ;;
     bench)
       budget=$(($(left) - 45))

@@ -99,6 +99,18 @@ def host_seconds(call: Callable[[], object], device: torch.device, rounds: int) 
     return statistics.median(times)
 
 
+def milliseconds_of_parts(
+    parts: dict[str, Callable[[], object]], device: torch.device
+) -> dict[str, float]:
+    """Milliseconds of each call by itself, captured where it can be."""
+    found = {}
+    for name, call in parts.items():
+        call()
+        timed = capture(call)[0] if device.type == "cuda" else call
+        found[name] = 1e3 * seconds_of(timed, device, MIN_ROUNDS)
+    return found
+
+
 @dataclass(frozen=True)
 class Work:
     """What one call has to do at least, for TFLOP/s, GB/s and the share of the roofline."""
