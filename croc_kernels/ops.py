@@ -106,7 +106,7 @@ mask_rows = _define(
 mask_columns = _define(
     "mask_columns(Tensor start, Tensor end, SymInt num_keys, Tensor? visible_until, "
     "bool may_have_holes) -> (Tensor, Tensor, Tensor)",
-    triton=".attention.mask_kernel:mask_columns",
+    triton=".attention.mask_columns:mask_columns",
     cpu=".attention.intervals:mask_columns",
     fake=_mask_columns_fake,
 )

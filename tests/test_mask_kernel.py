@@ -30,6 +30,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     mask_kernel = pytest.importorskip("croc_kernels.attention.mask_kernel")
     monkeypatch.setattr(mask_kernel, "BLOCK", 16 if INTERPRETED else 256)
     monkeypatch.setattr(mask_kernel, "ELEMENTS_PER_WARP", 16 if INTERPRETED else 64)
+    mask_columns = pytest.importorskip("croc_kernels.attention.mask_columns")
+    monkeypatch.setattr(mask_columns, "KEYS", 16 if INTERPRETED else 128)
 
 
 def lengths() -> tuple[int, ...]:
@@ -115,6 +117,13 @@ def test_mask_columns_kernel_equals_the_scans(seed: int) -> None:
         start, end, _, _ = intervals.mask_rows(*rows_of(kind, 2 * seed, length))
         rows = torch.randint(0, length, (1,)).item()
         start, end = start[:, rows:].contiguous(), end[:, rows:].contiguous()
+        if seed % 3 == 0:
+            # Rows that see nothing, in runs longer than a block, with bounds of their own choice.
+            nothing = torch.rand(start.shape[0], (start.shape[1] + 39) // 40) < 0.6
+            nothing = nothing.repeat_interleave(40, 1)[:, : start.shape[1]]
+            end = torch.where(nothing, start, end)
+            end = end.cummax(1).values
+            start = torch.where(nothing, end, start).cummax(1).values.minimum(end)
         until = torch.randint(-1, length + 2, (*start.shape[:1], length))
         for visible_until in (None, until, until.int()):
             for holes in (False, True):

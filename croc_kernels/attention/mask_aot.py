@@ -1,16 +1,18 @@
 """What CI compiles of the mask kernels: the largest blocks, each kind of span, every option."""
 
 from ..aot import CompileCase
-from . import mask_kernel
+from . import mask_columns, mask_kernel
 
 _SOURCES = {"types": "*i1", "spans": "*i64", "prefix": "*i64", "labels": "*i64", "causal": "*i1"}
 
-# Accepted spills, in bytes: triton 3.9.0 has 72 (sm_100) and 8 (sm_90), 3.6.0 and 3.7.1 none.
-SPILLS = {"mask_rows-spans-packed": 96, "mask_columns-plain": 16}
+# Accepted spills, in bytes: 72 with triton 3.9.0 on sm_100, 8 with triton 3.6.0 on sm_90.
+SPILLS = {"mask_rows-spans-packed": 96, "mask_rows-spans-padded": 16}
 
 
-def _case(name: str, fn: object, pointers: dict[str, str], constants: dict) -> CompileCase:
-    block, sizes = mask_kernel.BLOCK, ("length", "num_spans", "num_borders", "ignore_index")
+def _case(
+    name: str, fn: object, pointers: dict[str, str], constants: dict, block: int, warps: int
+) -> CompileCase:
+    sizes = ("length", "num_spans", "num_borders", "ignore_index")
     types = pointers | dict.fromkeys((*sizes, "num_queries", "num_keys"), "i32")
     types = {name: types.get(name, "constexpr") for name in fn.arg_names}
     absent = [n for n, kind in types.items() if kind == "constexpr" and n.endswith("_ptr")]
@@ -20,7 +22,6 @@ def _case(name: str, fn: object, pointers: dict[str, str], constants: dict) -> C
         for place, argument in enumerate(fn.arg_names)
         if argument in pointers
     }
-    warps = block // mask_kernel.ELEMENTS_PER_WARP
     return CompileCase(
         name,
         fn,
@@ -37,6 +38,7 @@ def _case(name: str, fn: object, pointers: dict[str, str], constants: dict) -> C
 def compile_cases() -> list[CompileCase]:
     """One case per kind without options, and with all of them."""
     cases = []
+    tile = mask_kernel.BLOCK, mask_kernel.BLOCK // mask_kernel.ELEMENTS_PER_WARP
     out = dict.fromkeys(("start_ptr", "end_ptr", "fault_ptr", "span_fault_ptr"), "*i32")
     options = {"plain": {}, "padded": {"valid_ptr": "*i64", "ids_ptr": "*i64"}}
     options["packed"] = {"valid_ptr": "*i1", "borders_ptr": "*i32"}
@@ -46,10 +48,10 @@ def compile_cases() -> list[CompileCase]:
             constants |= {"EXCEED": name == "packed"}
             types = out | {"source_ptr": source} | pointers
             fn = mask_kernel._mask_rows_kernel
-            cases.append(_case(f"mask_rows-{kind}-{name}", fn, types, constants))
+            cases.append(_case(f"mask_rows-{kind}-{name}", fn, types, constants, *tile))
     columns = ("start_ptr", "end_ptr", "row_start_ptr", "row_end_ptr")
     for name, pointers in (("plain", ()), ("until", ("until_ptr", "visible_ptr"))):
         types = dict.fromkeys((*columns, *pointers), "*i32")
-        fn = mask_kernel._mask_columns_kernel
-        cases.append(_case(f"mask_columns-{name}", fn, types, {}))
+        fn = mask_columns._mask_columns_kernel
+        cases.append(_case(f"mask_columns-{name}", fn, types, {}, mask_columns.KEYS, 4))
     return cases

@@ -126,7 +126,8 @@ def _normalize_gradient_kernel(
         tl.store(out_ptr + row * dim + col, out, mask=col < dim)
 
 
-DRAW_BLOCKS = (32, 128)
+# H200, 32 images of 576 tokens: 10.9 us, against 13.3 with (32, 128) and 15.7 with (64, 128).
+DRAW_BLOCKS = (32, 256)
 LARGEST_BLOCK = 4096
 ELEMENTS_PER_WARP = 512
 

@@ -111,7 +111,7 @@ def _loss_gradient_kernel(
 
 # Tile and number of programs of the forward kernel, rows per program of the backward kernel, and
 # partial sums read at a time.
-ROWS, COLUMNS, PROGRAMS = 8, 512, 1056
+ROWS, COLUMNS, PROGRAMS = 8, 256, 2112
 GRADIENT_ROWS = 4
 REDUCE_BLOCK = 1024
 
