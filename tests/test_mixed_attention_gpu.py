@@ -105,11 +105,12 @@ def test_gpu_recovers_the_mask_bit_for_bit(name, dtype):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("name", ["left", "right", "holes", "cache-holes", "until"])
-def test_gpu_nan_in_unseen_places_reaches_nothing(name, deterministic):
+def test_gpu_nan_in_unseen_places_reaches_nothing(name, dim, deterministic):
     mask = MASKS[name](3, 300, "cuda")
     dense = mask.to_dense()
-    q, k, v = inputs(mask, 2, 2, 128, torch.bfloat16)
+    q, k, v = inputs(mask, 2, 2, dim, torch.bfloat16)
     sees, seen = dense.any(-1)[..., None], dense.any(-2)[..., None]
     function = run(mask, deterministic=deterministic)
     weight = torch.randn_like(q)
@@ -128,9 +129,11 @@ def test_gpu_nan_in_unseen_places_reaches_nothing(name, deterministic):
             torch.testing.assert_close(got, want)
 
 
-def test_gpu_repeats_bitwise():
-    mask = MASKS["packed"](2, 700, "cuda")
-    q, k, v = inputs(mask, 8, 2, 128, torch.bfloat16)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("name", "length"), [("packed", 700), ("spans", 2049)])
+def test_gpu_repeats_bitwise(name, length, dim):
+    mask = MASKS[name](2, length, "cuda")
+    q, k, v = inputs(mask, 8, 2, dim, torch.bfloat16)
     first = gradients(run(mask, deterministic=True), q, k, v, torch.bfloat16)
     for _ in range(5):
         again = gradients(run(mask, deterministic=True), q, k, v, torch.bfloat16)
@@ -168,6 +171,18 @@ def test_gpu_unaligned_rows():
     q, k, v = (x[None, :, :, 1:].transpose(1, 2) for x in flat)
     want = mixed_attention(q.contiguous(), k.contiguous(), v.contiguous(), mask)
     assert torch.equal(mixed_attention(q, k, v, mask), want)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gpu_gradients_of_strided_and_unaligned_views(dim, deterministic):
+    """Views of one projection go through TMA; rows that start off 16 bytes can't."""
+    mask = MASKS["visual"](2, 300, "cuda")
+    packed = torch.randn(2, 300, 8, dim + 1, device="cuda", dtype=torch.bfloat16)
+    for x, aligned in ((packed[..., :dim].contiguous(), True), (packed[..., 1:], False)):
+        q, k, v = (x[:, :, a:b].transpose(1, 2) for a, b in ((0, 4), (4, 6), (6, 8)))
+        assert all(config.tma_aligned(y) == aligned for y in (q, k, v))
+        check(run(mask, deterministic=deterministic), q, k, v, mask, 1 / math.sqrt(dim))
 
 
 def test_gpu_never_waits_for_the_device():

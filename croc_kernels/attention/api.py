@@ -116,9 +116,8 @@ def mixed_attention(
         scale: positive factor of the scores, by default ``1 / sqrt(D)``.
         softcap: positive bound of the scores, or None.
         return_lse: return the natural log-sum-exp of each row too.
-        deterministic: True: the backward is bitwise repeatable (dK/dV and dQ in separate sums, 7
-            matrix products).
-            False: dQ may be added up atomically (5 products). None follows
+        deterministic: True: the backward is bitwise repeatable. False: on sm_90 dQ may be added up
+            atomically in any order (docs/attention.md). None follows
             ``torch.are_deterministic_algorithms_enabled()``. CPU and reference always repeat
             bitwise.
         backend: ``"auto"``, ``"triton"`` or ``"reference"`` (dense, L² memory). The Triton kernels

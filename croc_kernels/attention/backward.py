@@ -306,11 +306,12 @@ def mixed_attention_bwd(
     aligned = all(config.tma_aligned(x) for x in (q, k, v, grad_out))
     plain_scores = visible_until is None and softcap == 0.0
     hopper = config.pick_hopper_backward(arch, dim, q.dtype, plain_scores, aligned)
-    if hopper is not None and not deterministic:
+    if hopper is not None:
         with config.on_device(q):
             hopper_bwd(
-                grad_out, grad_lse, q, k, v, out, lse, row_start, row_end, scale, grads, hopper
-            )
+                grad_out, grad_lse, q, k, v, out, lse, row_start, row_end, scale, grads, hopper,
+                deterministic,
+            )  # fmt: skip
         return tuple(grads)
     picked = config.pick_backward(arch, dim, q.dtype, q.shape[2])
     (batch, heads, length, _), (_, key_heads, num_keys, _) = q.shape, k.shape
