@@ -1,9 +1,11 @@
 """Replacement and reconstruction loss on CPU tensors, in chunks so that nothing is copied whole."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 2**22
+_NONE = 0  # ATen's word for reduction="none"
 
 
 def _precision(*tensors: Tensor) -> torch.dtype:
@@ -61,11 +63,13 @@ def replace_tokens_bwd(
     return embeddings, pool
 
 
-def _selected(like: Tensor, where: Tensor | None) -> tuple[Tensor, ...]:
-    """Flat rows that count, in chunks."""
+def _selected(like: Tensor, where: Tensor | None) -> list[slice | Tensor]:
+    """Flat rows that count, in chunks: slices, which copy nothing, where all do."""
     tokens, dim = like.shape[:-1].numel(), max(like.shape[-1], 1)
-    chosen = torch.arange(tokens) if where is None else where.reshape(-1).nonzero().squeeze(1)
-    return chosen.split(max(1, _CHUNK_ELEMENTS // dim))
+    size = max(1, _CHUNK_ELEMENTS // dim)
+    if where is None:
+        return [slice(first, first + size) for first in range(0, tokens, size)]
+    return list(where.reshape(-1).nonzero().squeeze(1).split(size))
 
 
 def reconstruction_loss_fwd(
@@ -82,17 +86,14 @@ def reconstruction_loss_fwd(
     divisor = torch.ones((), dtype=torch.float64)
     if prediction.numel() == 0:
         return total.to(dtype), divisor.to(dtype)
-    places = _selected(prediction, where)
     if mean:
-        count = torch.tensor(sum(place.numel() for place in places), dtype=torch.float64)
-        count = count if items is None else items.double()
+        count = torch.tensor(prediction.shape[:-1].numel()) if where is None else where.sum()
+        count = (count if items is None else items).double()
         divisor = torch.where(count > 0, count, 1.0) * dim
     a, b = prediction.reshape(-1, dim), target.reshape(-1, dim)
-    for place in places:
-        difference = a[place].to(dtype) - b[place].to(dtype)
-        size = difference.abs()
-        if beta > 0:
-            size = torch.where(size < beta, difference.square() / (2 * beta), size - beta / 2)
+    for place in _selected(prediction, where):
+        p, t = a[place].to(dtype), b[place].to(dtype)
+        size = F.smooth_l1_loss(p, t, reduction="none", beta=beta)
         total += size.sum(dtype=torch.float64)
     return (total / divisor).to(dtype), divisor.to(dtype)
 
@@ -112,9 +113,10 @@ def reconstruction_loss_bwd(
     dim, scale = prediction.shape[-1], grad_loss / divisor
     a, b = prediction.reshape(-1, dim), target.reshape(-1, dim)
     for place in _selected(prediction, where):
-        difference = a[place].to(scale.dtype) - b[place].to(scale.dtype)
-        slope = torch.sign(difference)
+        p, t = a[place].to(scale.dtype), b[place].to(scale.dtype)
         if beta > 0:
-            slope = torch.where(difference.abs() < beta, difference / beta, slope)
-        out.view(-1, dim)[place] = (slope * scale).to(out.dtype)
+            slope = torch.ops.aten.smooth_l1_loss_backward(scale.expand_as(p), p, t, _NONE, beta)
+        else:
+            slope = torch.sign(p - t) * scale
+        out.view(-1, dim)[place] = slope.to(out.dtype)
     return out
