@@ -47,12 +47,13 @@ def ours(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The device's clock for every row, and an order in which a budget cuts peers before our rows
-    and attention, which takes longest, before the rest.
+    """The device's clock for every row, and an order in which a budget cuts peers before our rows,
+    those that compile longest first, and attention, which takes longest, before the rest.
     """
 
-    def late(item: pytest.Item) -> tuple[bool, bool]:
-        return not ours(item), "attention" in item.path.name
+    def late(item: pytest.Item) -> tuple[bool, bool, bool]:
+        name = item.callspec.params["peer"].name
+        return not ours(item), name in ("flex-flash", "fa4-mask-mod"), "attention" in item.path.name
 
     items.sort(key=late)
     device = torch.device(config.getoption("--device"))

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-WARMUPS = 25
+WARMUPS = 10
 MIN_ROUNDS, MAX_ROUNDS = 20, 100
-TARGET_SECONDS = 0.3  # of timed rounds per row
+TARGET_SECONDS = 0.15  # of timed rounds per row
 SLOW_SECONDS = 0.1  # calls above it are warmed up SLOW_WARMUPS times, and run SLOW_ROUNDS times
 SLOW_WARMUPS, SLOW_ROUNDS = 1, 5
 ENDLESS_SECONDS = 2.0  # calls above it are run once more, and their count says so
