@@ -57,7 +57,7 @@ def _results(call: Callable, qkv: list[Tensor], grad: Tensor) -> list[Tensor]:
     return [out, *torch.autograd.grad(out, leaves, grad)]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _budget(case: cases.Attention, device: torch.device) -> tuple[list[Tensor], list[float]]:
     """Float64 results of the first group, and what each may err: twice PyTorch's error."""
     qkv, grad = _one_group(case, *_inputs(case, device))
@@ -77,7 +77,7 @@ def _budget(case: cases.Attention, device: torch.device) -> tuple[list[Tensor], 
     ]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _error(case: cases.Attention, peer: peers.Peer, device: torch.device) -> float:
     """Largest error over its budget, of output and gradients, on the timed tensors."""
     qkv, grad = _inputs(case, device)
