@@ -8,6 +8,7 @@ import torch
 from mixed_attention_cases import MASKS
 from torch._dynamo.testing import CompileCounter
 
+from croc_kernels import ops
 from croc_kernels.attention.mask import MixedMask
 
 
@@ -337,6 +338,25 @@ def test_mask_construction_and_use_compile_with_one_recompilation():
     assert counter.frame_count <= 2
 
 
+def test_mask_opcheck():
+    is_visual, ids = torch.rand(2, 9) < 0.5, torch.arange(9).expand(2, 9) // 4
+    padding, spans = torch.ones(2, 9), torch.tensor([[0, 1, 4], [1, 0, 0], [1, 3, 9]])
+    lengths, borders = torch.tensor([3, 9]), torch.tensor([0, 4, 9])
+    plain = (None, None, None)
+    for arguments in (
+        (is_visual, "types", *plain, 2, 9, 0, False, 0),
+        (is_visual[:1], "types", padding[:1], None, borders, 1, 9, 3, True, 0),
+        (spans, "spans", padding, ids, None, 2, 9, 0, False, 0),
+        (lengths, "prefix", *plain, 2, 9, 0, False, 0),
+        (ids, "labels", *plain, 2, 9, 0, False, 1),
+        (is_visual[:0], "full", None, ids, None, 2, 9, 0, False, 0),
+    ):
+        torch.library.opcheck(ops.mask_rows, arguments)
+    mask = MixedMask.from_token_types(is_visual)
+    for until, holes in ((None, False), (None, True), (ids, False)):
+        torch.library.opcheck(ops.mask_columns, (mask.start, mask.end, 9, until, holes))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MASKS)
 def test_mask_on_cuda_equals_cpu_without_waiting(name):
@@ -354,6 +374,50 @@ def test_mask_on_cuda_equals_cpu_without_waiting(name):
     got = MASKS[name](3, 301, "cuda").check().to("cpu")
     for field in ("start", "end", "row_start", "row_end"):
         assert torch.equal(getattr(got, field), getattr(want, field))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [4096, 5000, 20000])
+@pytest.mark.parametrize("name", ["spans", "right", "packed", "holes", "window-old", "until"])
+def test_mask_of_long_rows_on_cuda_equals_cpu(name, length):
+    got, want = (MASKS[name](2, length, device) for device in ("cuda", "cpu"))
+    for field, value in vars(want).items():
+        mine = getattr(got, field)
+        assert (mine is None) == (value is None), field
+        assert value is None or torch.equal(mine.cpu(), value), field
+
+
+@pytest.mark.gpu
+def test_mask_on_cuda_captures_into_a_graph():
+    is_visual = torch.rand(2, 700, device="cuda") < 0.5
+    padding = torch.ones(2, 700, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        MixedMask.from_token_types(is_visual, padding)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mask = MixedMask.from_token_types(is_visual, padding)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        is_visual.copy_(torch.rand(2, 700) < 0.5)
+        padding[:, 600 + seed :] = 0
+        graph.replay()
+        want = MixedMask.from_token_types(is_visual.cpu(), padding.cpu())
+        for field in ("start", "end", "row_start", "row_end", "token_faults"):
+            assert torch.equal(getattr(mask, field).cpu(), getattr(want, field))
+
+
+@pytest.mark.gpu
+def test_mask_construction_compiles_on_cuda():
+    def bounds(is_visual, padding):
+        mask = MixedMask.from_token_types(is_visual, padding)
+        return mask.start, mask.end, mask.row_start, mask.row_end
+
+    arguments = torch.rand(2, 300, device="cuda") < 0.5, torch.ones(2, 300, device="cuda")
+    compiled = torch.compile(bounds, fullgraph=True)
+    for got, want in zip(compiled(*arguments), bounds(*arguments), strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.gpu

@@ -165,9 +165,9 @@ ROWS = 4
 # Rows per tile of the embeddings' gradient. H200, 32 x 2048 tokens: 295 us with 8, 316 with 4, 320
 # with 16.
 GRADIENT_ROWS = 8
-# Tile of the sums. 16 x 1024 tokens: 89 us with 2 x 1024, 91 with 4 x 1024, 99 with 8 x 1024, 149
-# with 4 x 512.
-SUM_ROWS, SUM_COLUMNS = 2, 1024
+# Tile of the sums. 16 x 1024 tokens: 91 us, 99 with 8 x 1024, 149 with 4 x 512. 2 x 1024 takes 89
+# there, but twice as many steps where all tokens drew one pool row.
+SUM_ROWS, SUM_COLUMNS = 4, 1024
 # Pool rows that one program sorts for, tokens that it reads at a time, and drawn tokens likewise.
 GROUP, SORT_BLOCK, SORT_LIST = 16, 2048, 128
 
