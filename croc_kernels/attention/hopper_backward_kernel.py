@@ -6,8 +6,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-# Renamed after triton 3.6.
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+from .hopper import barrier, tma_load, tma_store
+
+# Its name since triton 3.9.
+_PUBLIC: tl.constexpr = tl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 # Four consecutive registers of an accumulator to 16 consecutive bytes.
 _ADD: tl.constexpr = tl.constexpr("""
@@ -49,8 +51,8 @@ def _producer(
 ):  # fmt: skip
     """Bring K and V once, then Q, dO and their statistics tile by tile."""
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [batch, key_head, key, 0], kv_full, k_smem)
-    tma.async_copy_global_to_shared(v_desc, [batch, key_head, key, 0], kv_full, v_smem)
+    tma_load(k_desc, [batch, key_head, key, 0], kv_full, k_smem)
+    tma_load(v_desc, [batch, key_head, key, 0], kv_full, v_smem)
     step = 0
     for member in range(GROUP):
         head = key_head * GROUP + member
@@ -60,11 +62,11 @@ def _producer(
             mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
             bar = q_full.index(slot)
             mbarrier.expect(bar, q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [batch, head, m, 0], bar, q_smem.index(slot))
-            tma.async_copy_global_to_shared(stats_desc, [tile, 0], bar, stats_smem.index(slot))
+            tma_load(q_desc, [batch, head, m, 0], bar, q_smem.index(slot))
+            tma_load(stats_desc, [tile, 0], bar, stats_smem.index(slot))
             bar = g_full.index(slot)
             mbarrier.expect(bar, g_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(g_desc, [batch, head, m, 0], bar, g_smem.index(slot))
+            tma_load(g_desc, [batch, head, m, 0], bar, g_smem.index(slot))
             step += 1
             tile += 1
 
@@ -78,7 +80,17 @@ def _zero_rows(tile1, tile2, keep, layout: gl.constexpr):
     tile2.store(gl.where(keep[:, None], value, 0.0).to(value.dtype))
     # In this order: what a thread wrote must be visible to wgmma before others may issue one.
     hopper.fence_async_shared()
-    _barrier()
+    barrier()
+
+
+@gluon.jit
+def _two_rows(smem, BLOCK_M: gl.constexpr):
+    """Log-sum-exp and delta of a tile of rows, which came as one row."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    if _PUBLIC:
+        return smem.reinterpret(gl.float32, [2, BLOCK_M], flat)
+    else:
+        return smem._reinterpret(gl.float32, [2, BLOCK_M], flat)
 
 
 @gluon.jit
@@ -128,13 +140,12 @@ def _scores(
     q_full, g_full, _empty, _ready = bars
     full, end_full, dirty_ptr = limits
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [8, 1], [1, 0])
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     slot, phase = step % STAGES, (step // STAGES) & 1
     q = q_smem.index(slot).reshape([BLOCK_M, D])
     mbarrier.wait(q_full.index(slot), phase)
     if (m < full) | (m >= end_full):
         if gl.load(dirty_ptr + m // BLOCK_M) != 0:
-            stats = stats_smem.index(slot)._reinterpret(gl.float32, [2, BLOCK_M], flat)
+            stats = _two_rows(stats_smem.index(slot), BLOCK_M)
             keep = stats.index(0).load(gl.SliceLayout(1, copy)) < float("inf")
             mbarrier.wait(g_full.index(slot), phase)
             _zero_rows(q, g_smem.index(slot).reshape([BLOCK_M, D]), keep, copy)
@@ -175,7 +186,6 @@ def _step(
     d_layout: gl.constexpr = dk.type.layout
     a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     dtype: gl.constexpr = q_smem.dtype
     SHARED: gl.constexpr = D == 256
     TRANSPOSED: gl.constexpr = D >= 128
@@ -183,7 +193,7 @@ def _step(
     slot, phase = step % STAGES, (step // STAGES) & 1
     q = q_smem.index(slot).reshape([BLOCK_M, D])
     g = g_smem.index(slot).reshape([BLOCK_M, D])
-    stats = stats_smem.index(slot)._reinterpret(gl.float32, [2, BLOCK_M], flat)
+    stats = _two_rows(stats_smem.index(slot), BLOCK_M)
     s = _scores(tiles, bars, step, m, limits, D, BLOCK_M, BLOCK_N, STAGES, s_layout)
     mbarrier.wait(g_full.index(slot), phase)
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
@@ -275,28 +285,24 @@ def _consumer(
 
     dk = gl.zeros([BLOCK_N, D], gl.float32, d_layout)
     dv = gl.zeros([BLOCK_N, D], gl.float32, d_layout)
-    per_head = (past - first) // BLOCK_M
-    if per_head > 0:
-        work = (q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem)
-        limits = (full, end_full, bounds[2] + batch * num_tiles)
-        m = first
-        tile = (batch * HEADS + key_head * GROUP) * num_tiles + first // BLOCK_M
-        for step in range(per_head * GROUP):
+    work = (q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem)
+    limits = (full, end_full, bounds[2] + batch * num_tiles)
+    step = 0
+    for member in range(GROUP):
+        tile = (batch * HEADS + key_head * GROUP + member) * num_tiles + first // BLOCK_M
+        for m in range(first, past, BLOCK_M):
             dk, dv = _step(
-                dk, dv, (step, m, tile), dq_ptr, work, bars, limits, key_low, key_high,
-                outer, D, BLOCK_M, BLOCK_N, STAGES, ORDERED,
+                dk, dv, (step, m, tile), dq_ptr, work, bars, limits, key_low, key_high, outer,
+                D, BLOCK_M, BLOCK_N, STAGES, ORDERED,
             )  # fmt: skip
-            m, tile = m + BLOCK_M, tile + 1
-            if GROUP > 1:
-                wrap = m >= past
-                m = gl.where(wrap, first, m)
-                tile = gl.where(wrap, tile + num_tiles - per_head, tile)
+            step += 1
+            tile += 1
 
     k_tile.store((dk * scale).to(dtype))
     v_tile.store(dv.to(dtype))
     hopper.fence_async_shared()
-    tma.async_copy_shared_to_global(dk_desc, [batch, key_head, key, 0], k_smem)
-    tma.async_copy_shared_to_global(dv_desc, [batch, key_head, key, 0], v_smem)
+    tma_store(dk_desc, [batch, key_head, key, 0], k_smem)
+    tma_store(dv_desc, [batch, key_head, key, 0], v_smem)
     tma.store_wait(0)
 
 
