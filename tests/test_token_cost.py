@@ -8,7 +8,7 @@ from torch import Tensor
 
 from croc_kernels import ops, token_cost
 from croc_kernels.cost import reference
-from croc_kernels.cost.config import candidates, pick_config
+from croc_kernels.cost.config import HOPPER, candidates, pick_config, pick_hopper
 from croc_kernels.testing import assert_within_budget, clustered_tokens
 
 METRICS = ("l2", "l2sq", "cosine")
@@ -319,3 +319,18 @@ def test_token_cost_config_uses_the_large_tile_on_a_full_chip() -> None:
     assert pick_config(90, torch.bfloat16, 432, 2048, 4096).half_n == 64
     assert large in candidates(torch.bfloat16)
     assert pick_config(90, torch.float32, 9, 9, 9) in candidates(torch.float32)
+
+
+def test_token_cost_config_takes_the_hopper_kernel_only_where_it_can() -> None:
+    fits = {"rows": 13824, "pool_size": 2048, "dim": 4096, "aligned": True}
+    for dtype in (torch.float16, torch.bfloat16):
+        assert pick_hopper(90, dtype, **fits) == HOPPER
+        for change in ({"aligned": False}, {"dim": 4032}, {"dim": 0}, {"rows": 432}):
+            assert pick_hopper(90, dtype, **fits | change) is None
+    assert pick_hopper(90, torch.float32, **fits) is None
+    assert all(pick_hopper(arch, torch.bfloat16, **fits) is None for arch in (80, 89, 100, 120))
+    stage = (HOPPER.block_m + HOPPER.block_n) * HOPPER.block_k * 2
+    assert stage * HOPPER.stages <= 227 << 10
+    # Exact in float32: the factor is that many units in the last place above 1.
+    correction = HOPPER.constants()["CORRECTION"]
+    assert correction == torch.tensor(correction, dtype=torch.float32).item() > 1

@@ -11,6 +11,7 @@ from test_token_cost_fresh import COMPILE
 from torch import Tensor
 
 from croc_kernels import nearest_token, reconstruction_loss, replace_tokens, token_cost
+from croc_kernels.cost import config, kernel, reference
 from croc_kernels.testing import clustered_tokens
 
 pytestmark = pytest.mark.gpu
@@ -57,6 +58,65 @@ def test_token_cost_on_a_gpu_at_real_size(near: float, dtype: torch.dtype) -> No
     exact, found = square[0].sqrt().cpu().numpy(), cost[0].cpu().numpy()
     best = exact[linear_sum_assignment(exact)].sum()
     assert exact[linear_sum_assignment(found)].sum() <= best * (1 + 1e-6)
+
+
+def squares(cost: Tensor, metric: str) -> Tensor:
+    return cost.square() if metric == "l2" else cost
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("metric", ["l2", "l2sq", "cosine"])
+def test_token_cost_on_a_gpu_by_the_hopper_kernel(
+    metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    # Ragged tiles both ways, tiles without a row, rows and a pool row that are bad, twins.
+    picked = []
+    monkeypatch.setattr(kernel, "pick_hopper", lambda *_: picked.append(1) or config.HOPPER)
+    tokens = torch.randn(900, 384, device="cuda").to(dtype)
+    pool = torch.randn(301, 400, device="cuda").to(dtype)[:, 8:392]
+    tokens[0], pool[299], pool[300] = 0, pool[5], pool[5]
+    tokens[7, 3] = pool[11, 0] = float("nan")
+    tokens[1], tokens[2] = pool[5], pool[6]
+    rows = torch.randint(900, (5, 300), device="cuda")
+    rows[0, :5] = torch.tensor([0, 7, 1, 2, -1])
+    rows[1, 4] = 900
+    counts = torch.tensor([300, 37, 0, 0, 900], device="cuda")
+    options = {"token_index": rows, "num_rows": counts}
+    cost = token_cost(tokens, pool, metric, **options).double()
+    exact = reference.token_cost(tokens.double(), pool.double(), rows, counts, metric)
+    assert torch.equal(cost.isnan(), exact.isnan())
+    assert torch.equal(cost[1, 37:], torch.zeros_like(cost[1, 37:]))
+    limit = 1e-6 if metric == "cosine" else 1e-6 * 2 * tokens.double().square().sum(-1).nanmean()
+    difference = squares(cost, metric) - squares(exact, metric)
+    assert difference.abs().nan_to_num().max() <= limit
+    index = nearest_token(tokens, pool, metric, **options)
+    expected = reference.nearest_token(tokens, pool, rows, counts, metric)
+    assert torch.equal(index == -1, expected == -1)
+    assert index[0, :5].tolist() == [expected[0, 0], -1, 5, 6, -1]
+    chosen = squares(exact, metric).gather(-1, index.clamp(min=0)[..., None])[..., 0]
+    best = squares(exact, metric).nan_to_num(nan=torch.inf).min(-1).values
+    assert ((chosen - best)[index >= 0] <= limit).all()
+    assert len(picked) == 2
+    # Dense rows, images apart.
+    dense = tokens.as_strided((3, 200, 384), (384 * 250, 384, 1), 384 * 8)
+    apart, together = token_cost(dense, pool, metric), token_cost(dense.contiguous(), pool, metric)
+    assert torch.equal(apart.nan_to_num(nan=-1.0), together.nan_to_num(nan=-1.0))
+    assert len(picked) == 4
+
+
+def test_token_cost_on_a_gpu_of_equal_rows_by_either_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = torch.randn(M, C, device="cuda").bfloat16()
+    norm = pool.double().norm(dim=-1)
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(kernel, "pick_hopper", lambda *_: None)
+        for tokens in (pool, pool.half()):
+            itself = token_cost(tokens, pool.to(tokens.dtype)).diagonal()
+            assert (itself <= 1e-3 * norm).all()
 
 
 def test_token_cost_on_a_gpu_past_two_to_the_31_entries() -> None:

@@ -1,13 +1,15 @@
 """What CI compiles of the cost kernels, per chip: 32 images against a pool of 2048 x 4096."""
 
 import torch
+from triton.experimental.gluon.language import NVMMASharedLayout
 
 from ..aot import CompileCase
 from . import kernel
-from .config import CostConfig, pick_config
+from .config import CostConfig, HopperCostConfig, pick_config, pick_hopper
 
 ROWS, POOL, DIM = 32 * 432, 2048, 4096
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_ALIGNED = [["tt.divisibility", 16]]
 
 
 def _signature(fn: object, types: dict[str, str]) -> dict[str, str]:
@@ -18,7 +20,7 @@ def _signature(fn: object, types: dict[str, str]) -> dict[str, str]:
 def _attrs(fn: object, signature: dict[str, str], odd: tuple[str, ...] = ()) -> dict:
     """Every argument is a multiple of 16, but those named."""
     return {
-        (place,): [["tt.divisibility", 16]]
+        (place,): _ALIGNED
         for place, name in enumerate(fn.arg_names)
         if signature[name] != "constexpr" and name not in odd
     }
@@ -49,17 +51,43 @@ def product_case(
     )  # fmt: skip
 
 
-def _prepass_case(dtype: str, norm: str, gathered: bool) -> CompileCase:
+def _prepass_case(dtype: str, metric: str, gathered: bool, token_norms: bool) -> CompileCase:
     fn = kernel._row_prepass_kernel
-    types = {"x_ptr": f"*{dtype}", "offset_ptr": "*i64", "norm_ptr": "*fp32"}
+    types = dict.fromkeys(("tokens_ptr", "pool_ptr"), f"*{dtype}") | {"offset_ptr": "*i64"}
     types |= {"index_ptr": "*i64", "num_rows_ptr": "*i32"} if gathered else {}
-    sizes = ("rows", "length", "num_sources", "dim", "stride_b", "stride_n")
-    signature = _signature(fn, types | dict.fromkeys(sizes, "i32"))
-    constants = kernel.PREPASS | {"NORM": norm}
-    constants |= {} if gathered else {"index_ptr": None, "num_rows_ptr": None}
-    name = f"row_prepass-{dtype}-{norm}" + "-gathered" * gathered
+    types |= {"x_norm_ptr": "*fp32"} if token_norms else {}
+    types |= {"p_norm_ptr": "*fp32", "sizes": ("i32",) * 5, "strides": ("i32",) * 3}
+    signature = _signature(fn, types)
+    constants = kernel.PREPASS | {"NORM": kernel._NORMS[metric]}
+    constants["TOKEN_R"] = kernel.PREPASS["BLOCK_R"] if token_norms else kernel.OFFSET_ROWS
+    constants |= {n: None for n in fn.arg_names if n.endswith("_ptr") and n not in types}
+    attrs = _attrs(fn, signature, ("sizes", "strides"))
+    name = f"row_prepass-{dtype}-{metric}" + "-gathered" * gathered + "-norms" * token_norms
+    return CompileCase(name, fn, signature, constants, attrs, 4, 3, has_dot=False)
+
+
+def hopper_case(
+    dtype: str, metric: str, nearest: bool, *, picked: HopperCostConfig | None = None
+) -> CompileCase:
+    """The warp-specialised kernel as launched; ``picked`` tries another shape."""
+    from . import hopper
+
+    picked = picked or pick_hopper(90, DTYPES[dtype], ROWS, POOL, DIM, aligned=True)
+    fn = hopper._token_cost_hopper_kernel
+    box = [picked.block_n, picked.block_k]
+    pointers = [f"*{dtype}", "*i64", "*fp32", "*fp32", "*fp32", "*i32"]
+    missing = 2 if nearest else 5
+    pointers[missing] = "constexpr"
+    constants = picked.constants() | {"METRIC": metric, "NEAREST": nearest}
+    signature = {
+        "pool_desc": f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, 16, rank=2)!r}>",
+        "pointers": tuple(pointers), "sizes": ("i32",) * 3,
+    } | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    attrs = {(1, i): _ALIGNED for i in range(6) if i != missing}
+    attrs |= {(2, i): _ALIGNED for i in range(3)}
+    name = f"token_cost_hopper-{dtype}-{metric}" + "-nearest" * nearest
     return CompileCase(
-        name, fn, signature, constants, _attrs(fn, signature), 4, 3, has_dot=False
+        name, fn, signature, constants | {(1, missing): None}, attrs, 4, 1, has_dot=True
     )  # fmt: skip
 
 
@@ -80,7 +108,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases.append(product_case(cost, arch, "bf16", "l2", rows=432))
     # A ragged last step, and rows that start at any multiple of two bytes.
     cases.append(product_case(cost, arch, "bf16", "l2", dim=DIM - 1))
-    cases += [_prepass_case(dtype, "square", gathered=True) for dtype in DTYPES]
-    cases.append(_prepass_case("bf16", "inverse", gathered=False))
-    cases.append(_prepass_case("bf16", "none", gathered=True))
+    cases += [_prepass_case(dtype, "l2", gathered=True, token_norms=True) for dtype in DTYPES]
+    cases.append(_prepass_case("bf16", "cosine", gathered=False, token_norms=True))
+    cases.append(_prepass_case("bf16", "l2", gathered=True, token_norms=False))
+    if arch == 90:
+        cases += [hopper_case("bf16", "l2", nearest) for nearest in (False, True)]
+        cases += [hopper_case("fp16", "cosine", nearest) for nearest in (False, True)]
     return [*cases, _reduce_case()]

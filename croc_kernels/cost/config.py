@@ -21,12 +21,44 @@ class CostConfig:
     group_m: int
     num_warps: int
     num_stages: int
+    # In units of 2^-23: what a step loses by truncation, on average.
+    correction: int = 0
 
 
-# From offline compilation for each architecture (registers, spills, shared memory). Speed is not
-# measured yet.
-_HOPPER_16 = CostConfig(128, 128, 64, 8, 8, 4)
-_HOPPER_16_SMALL = CostConfig(128, 64, 64, 8, 8, 3)
+@dataclass(frozen=True)
+class HopperCostConfig:
+    """Shape of the warp-specialised kernel for sm_90; see hopper.py.
+
+    ``block_k`` components are one stage of copies and summed inside the tensor core, after which
+    ``correction`` units of 2^-23 make up for its truncation.
+    """
+
+    block_k: int
+    stages: int
+    group_m: int
+    correction: int
+    block_m: int = 128
+    block_n: int = 256
+
+    def constants(self) -> dict[str, object]:
+        """Compile-time constants of the kernel that a config determines."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "STAGES": self.stages,
+            "GROUP_M": self.group_m,
+            "CORRECTION": 1.0 + self.correction * 2.0**-23,
+            # Three groups of 128 threads share 504 registers per thread.
+            "MULTIPLY_REGISTERS": 224,
+            "COPY_REGISTERS": 56,
+        }
+
+
+# From offline compilation for each architecture (registers, spills, shared memory); on an H200 the
+# Hopper shapes are the fastest of candidates() (docs/matching.md).
+_HOPPER_16 = CostConfig(128, 128, 64, 8, 8, 4, 1)
+_HOPPER_16_SMALL = CostConfig(128, 64, 64, 8, 8, 3, 1)
 _AMPERE_16 = CostConfig(128, 64, 32, 8, 8, 4)
 _BLACKWELL_16 = CostConfig(128, 64, 64, 8, 8, 3)
 # The masks of a ragged last step take registers that the other shapes do not have.
@@ -68,12 +100,30 @@ def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int, dim: i
     return _HOPPER_16 if 3 * large <= 4 * small else _HOPPER_16_SMALL
 
 
+# H200, docs/matching.md: two stages of 128 beat four of 64 by 18 % for 32 images.
+HOPPER = HopperCostConfig(128, 2, 8, 2)
+
+
+def pick_hopper(
+    arch: int, dtype: torch.dtype, rows: int, pool_size: int, dim: int, aligned: bool
+) -> HopperCostConfig | None:
+    """The warp-specialised kernel's shape, or None where the plain kernel has to do.
+
+    It has no small tile for calls that can't fill the chip. ``aligned``: rows of tokens and pool
+    start at multiples of 16 bytes.
+    """
+    whole = dim > 0 and dim % HOPPER.block_k == 0
+    if arch != 90 or dtype == torch.float32 or not (aligned and whole):
+        return None
+    return HOPPER if pick_config(arch, dtype, rows, pool_size, dim) == _HOPPER_16 else None
+
+
 def candidates(dtype: torch.dtype) -> tuple[CostConfig, ...]:
     """The shapes that a tuning run should time."""
     if dtype == torch.float32:
         return (_FLOAT32, CostConfig(64, 64, 32, 8, 8, 3), CostConfig(64, 64, 32, 8, 4, 3))
     return tuple(
-        CostConfig(block_m, half_n, block_k, group_m, 8, stages)
+        CostConfig(block_m, half_n, block_k, group_m, 8, stages, block_k // 64)
         for block_m, half_n in ((128, 128), (128, 64))
         for block_k in (32, 64)
         for group_m in (4, 8, 16)

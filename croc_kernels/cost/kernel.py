@@ -11,7 +11,8 @@ step loses half a unit in the last place on average, always in the same directio
 norm over C = 4096, so 3e-3 of the norm as the distance of two equal rows. Each step along C
 therefore starts from zero and is added outside the tensor core, rounded to nearest, which leaves
 1e-7 and less. ``max_num_imprecise_acc`` is what keeps Triton from folding that addition back into
-the dot.
+the dot. What a step loses is proportional to its sum on average, and CORRECTION, a factor of 1 plus
+a few units in the last place, gives it back where it was measured (sm_90).
 """
 
 import contextlib
@@ -22,51 +23,68 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import interpreted
-from .config import CostConfig, pick_config
+from .config import CostConfig, pick_config, pick_hopper
 
 _NO_INDEX = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _row_prepass_kernel(
-    x_ptr, index_ptr, num_rows_ptr, offset_ptr, norm_ptr,
-    rows, length, num_sources, dim, stride_b, stride_n,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Source offset (-1: none) and norm term of BLOCK_R rows; grid = (cdiv(rows, BLOCK_R),).
+def _row_norm(
+    x_ptr, offset, live, dim, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr
+):
+    """Norm term of BLOCK_R rows: NORM is "square" for |x|², "inverse" for 1 / |x|, 0 for 0."""
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for k in range(0, dim, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask = live[:, None] & (offs_k < dim)[None, :]
+        x = tl.load(x_ptr + offset[:, None] + offs_k[None, :], mask=mask, other=0.0)
+        acc += x.to(tl.float32) * x.to(tl.float32)
+    norm = tl.sum(acc, axis=1)
+    if NORM == "inverse":
+        norm = tl.where(norm == 0.0, 0.0, 1.0 / tl.sqrt(tl.where(norm == 0.0, 1.0, norm)))
+    return norm
 
-    NORM is "square" for |x|², "inverse" for 1 / |x| (0 for a zero row), "none" to write the offsets
-    only.
+
+@triton.jit
+def _row_prepass_kernel(
+    tokens_ptr, pool_ptr, index_ptr, num_rows_ptr, offset_ptr, x_norm_ptr, p_norm_ptr,
+    sizes, strides,
+    TOKEN_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Source offsets (-1: none) and norms of TOKEN_R token rows, or norms of BLOCK_R pool rows.
+
+    sizes: rows, rows per image, sources, m, components. Without ``x_norm_ptr`` tokens get offsets
+    only. grid = (cdiv(rows, TOKEN_R) + cdiv(m, BLOCK_R),).
     """
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = row < rows
-    batch, place = row // length, row % length
-    live = inside
-    if num_rows_ptr is not None:
-        live = live & (place < tl.load(num_rows_ptr + batch, mask=inside, other=0))
-    if index_ptr is not None:
-        source = tl.load(index_ptr + row, mask=live, other=0).to(tl.int64)
-        valid = (source >= 0) & (source < num_sources)
-        offset = tl.where(valid, source, 0) * stride_n
-    else:
-        valid = inside
-        offset = batch.to(tl.int64) * stride_b + place.to(tl.int64) * stride_n
-    if offset_ptr is not None:
+    rows, length, num_sources, m, dim = sizes
+    stride_b, stride_n, stride_pm = strides
+    program, token_programs = tl.program_id(0), tl.cdiv(rows, TOKEN_R)
+    if program < token_programs:
+        row = program * TOKEN_R + tl.arange(0, TOKEN_R)
+        inside = row < rows
+        batch, place = row // length, row % length
+        live = inside
+        if num_rows_ptr is not None:
+            live = live & (place < tl.load(num_rows_ptr + batch, mask=inside, other=0))
+        if index_ptr is not None:
+            source = tl.load(index_ptr + row, mask=live, other=0).to(tl.int64)
+            valid = (source >= 0) & (source < num_sources)
+            offset = tl.where(valid, source, 0) * stride_n
+        else:
+            valid = inside
+            offset = batch.to(tl.int64) * stride_b + place.to(tl.int64) * stride_n
         # Without norms there is nothing to poison: an index out of range is then a row without a
         # result.
-        kept = live & valid if NORM == "none" else live
+        kept = live if x_norm_ptr is not None else live & valid
         tl.store(offset_ptr + row, tl.where(kept, offset, -1), mask=inside)
-    if NORM != "none":
-        acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-        for k in range(0, dim, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            mask = live[:, None] & (offs_k < dim)[None, :]
-            x = tl.load(x_ptr + offset[:, None] + offs_k[None, :], mask=mask, other=0.0)
-            acc += x.to(tl.float32) * x.to(tl.float32)
-        norm = tl.sum(acc, axis=1)
-        if NORM == "inverse":
-            norm = tl.where(norm == 0.0, 0.0, 1.0 / tl.sqrt(tl.where(norm == 0.0, 1.0, norm)))
-        tl.store(norm_ptr + row, tl.where(valid, norm, float("nan")), mask=inside)
+        if x_norm_ptr is not None:
+            norm = _row_norm(tokens_ptr, offset, live, dim, TOKEN_R, BLOCK_K, NORM)
+            tl.store(x_norm_ptr + row, tl.where(valid, norm, float("nan")), mask=inside)
+    else:
+        pool_row = (program - token_programs) * BLOCK_R + tl.arange(0, BLOCK_R)
+        start = pool_row.to(tl.int64) * stride_pm
+        p_norm = _row_norm(pool_ptr, start, pool_row < m, dim, BLOCK_R, BLOCK_K, NORM)
+        tl.store(p_norm_ptr + pool_row, p_norm, mask=pool_row < m)
 
 
 @triton.jit
@@ -94,7 +112,7 @@ def _half_product(x, pool_ptrs, mask, EVEN_K: tl.constexpr, PRECISION: tl.conste
 def _tile_products(
     tokens_ptr, pool_ptr, offset, first_n, m, dim, stride_pm,
     HALF_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, CORRECTION: tl.constexpr,
 ):  # fmt: skip
     """Products of the token rows at ``offset`` with 2 HALF_N pool rows from first_n, in halves."""
     offs_k = tl.arange(0, BLOCK_K)
@@ -115,8 +133,10 @@ def _tile_products(
             x = tl.load(x_ptrs)
         else:
             x = tl.load(x_ptrs, mask=mask[None, :], other=0.0)
-        acc0 += _half_product(x, p0_ptrs, mask[:, None], EVEN_K, PRECISION)
-        acc1 += _half_product(x, p1_ptrs, mask[:, None], EVEN_K, PRECISION)
+        part = _half_product(x, p0_ptrs, mask[:, None], EVEN_K, PRECISION)
+        acc0 = tl.fma(part, CORRECTION, acc0)
+        part = _half_product(x, p1_ptrs, mask[:, None], EVEN_K, PRECISION)
+        acc1 = tl.fma(part, CORRECTION, acc1)
         x_ptrs += BLOCK_K
         p0_ptrs += BLOCK_K
         p1_ptrs += BLOCK_K
@@ -148,6 +168,7 @@ def _token_cost_kernel(
     tokens_ptr, pool_ptr, offset_ptr, x_norm_ptr, p_norm_ptr, out_ptr, rows, m, dim, stride_pm,
     BLOCK_M: tl.constexpr, HALF_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, METRIC: tl.constexpr,
+    CORRECTION: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_M, 2 HALF_N) tile of costs per program; grid = (row tiles * column tiles,)."""
     tile_m, tile_n = _tile_place(rows, m, BLOCK_M, 2 * HALF_N, GROUP_M)
@@ -156,7 +177,7 @@ def _token_cost_kernel(
     offset = tl.load(offset_ptr + row, mask=row < rows, other=-1)
     acc0, acc1 = _tile_products(
         tokens_ptr, pool_ptr, offset, first_n, m, dim, stride_pm,
-        HALF_N, BLOCK_K, EVEN_K, ALIGN, PRECISION,
+        HALF_N, BLOCK_K, EVEN_K, ALIGN, PRECISION, CORRECTION,
     )  # fmt: skip
     live = offset >= 0
     x_norm = tl.load(x_norm_ptr + row, mask=live, other=0.0)
@@ -182,6 +203,7 @@ def _nearest_token_kernel(
     tokens_ptr, pool_ptr, offset_ptr, p_norm_ptr, score_ptr, index_ptr, rows, m, dim, stride_pm,
     BLOCK_M: tl.constexpr, HALF_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, METRIC: tl.constexpr,
+    CORRECTION: tl.constexpr,
 ):  # fmt: skip
     """Best score and column of BLOCK_M rows in one tile; grid = (row tiles * column tiles,)."""
     tile_m, tile_n = _tile_place(rows, m, BLOCK_M, 2 * HALF_N, GROUP_M)
@@ -190,7 +212,7 @@ def _nearest_token_kernel(
     offset = tl.load(offset_ptr + row, mask=row < rows, other=-1)
     acc0, acc1 = _tile_products(
         tokens_ptr, pool_ptr, offset, first_n, m, dim, stride_pm,
-        HALF_N, BLOCK_K, EVEN_K, ALIGN, PRECISION,
+        HALF_N, BLOCK_K, EVEN_K, ALIGN, PRECISION, CORRECTION,
     )  # fmt: skip
     best0, index0 = _half_best(acc0, p_norm_ptr, first_n, m, METRIC)
     best1, index1 = _half_best(acc1, p_norm_ptr, first_n + HALF_N, m, METRIC)
@@ -221,6 +243,7 @@ def _nearest_reduce_kernel(score_ptr, index_ptr, out_ptr, rows, tiles, BLOCK_R: 
 
 
 PREPASS = {"BLOCK_R": 4, "BLOCK_K": 512}
+OFFSET_ROWS = 128
 REDUCE_ROWS = 128
 _NORMS = {"l2": "square", "l2sq": "square", "cosine": "inverse"}
 
@@ -240,6 +263,7 @@ def tile_constants(
         # One tf32 product keeps 11 bits of a float32; three keep 22. For 16-bit inputs every
         # product is exact.
         "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
+        "CORRECTION": 1.0 + config.correction * 2.0**-23,
     }
 
 
@@ -255,8 +279,13 @@ def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def _readable(rows: Tensor) -> Tensor:
+    """The same rows; only a stride inside a row is copied away: no GEMM reads those at speed."""
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
 class _Problem:
-    """One call's operands as the kernels take them: offsets, norms, tile constants."""
+    """One call's operands as the kernels take them: offsets, norms, the kernel that takes them."""
 
     def __init__(
         self,
@@ -267,48 +296,61 @@ class _Problem:
         metric: str,
         token_norms: bool,
     ) -> None:
-        # Only a stride inside a row is copied away: no GEMM reads such rows at speed.
-        tokens = tokens if tokens.stride(-1) == 1 or tokens.shape[-1] == 1 else tokens.contiguous()
+        tokens, self.pool, self.metric = _readable(tokens), _readable(pool), metric
         self.tokens = tokens.unsqueeze(0) if tokens.dim() == 2 else tokens
-        self.pool = pool if pool.stride(-1) == 1 or pool.shape[-1] == 1 else pool.contiguous()
-        self.shape = tuple(tokens.shape[:-1] if token_index is None else token_index.shape)
-        self.length = self.shape[-1]
-        self.rows = self.length * (self.shape[0] if len(self.shape) == 2 else 1)
+        shape = tuple(tokens.shape[:-1] if token_index is None else token_index.shape)
+        self.length = shape[-1]
+        self.rows = self.length * (shape[0] if len(shape) == 2 else 1)
         self.m, self.dim = pool.shape
-        self.config = pick_config(_arch(tokens), tokens.dtype, self.rows, self.m, self.dim)
         stride_b, stride_n, _ = self.tokens.stride()
-        shared = self.pool.stride(0) | stride_n | (stride_b if token_index is None else 0)
+        self.strides = (stride_b if token_index is None else 0, stride_n, self.pool.stride(0))
+        arch, shared = _arch(tokens), self.strides[0] | self.strides[1] | self.strides[2]
+        aligned = shared % 8 == 0 and (tokens.data_ptr() | self.pool.data_ptr()) % 16 == 0
+        # TMA reads no rows that overlap; the interpreter knows no Gluon.
+        aligned = aligned and self.strides[2] >= self.dim and not interpreted()
+        problem = arch, tokens.dtype, self.rows, self.m, self.dim
+        self.hopper = pick_hopper(*problem, aligned)
+        self.config = pick_config(*problem)
         self.constants = tile_constants(self.config, tokens.dtype, self.dim, shared)
-        self.constants["METRIC"] = metric
-        norm = _NORMS[metric]
+        block_n = self.hopper.block_n if self.hopper else 2 * self.config.half_n
+        self.tiles_n = triton.cdiv(self.m, block_n)
+        self._prepare(token_index, num_rows, token_norms)
+
+    def _prepare(
+        self, token_index: Tensor | None, num_rows: Tensor | None, token_norms: bool
+    ) -> None:
+        """Launch the prepass."""
+        tokens, token_rows = self.tokens, PREPASS["BLOCK_R"] if token_norms else OFFSET_ROWS
         self.offset = tokens.new_empty((self.rows,), dtype=torch.int64)
-        self.x_norm = tokens.new_empty((self.rows if token_norms else 0,), dtype=torch.float32)
         self.p_norm = tokens.new_empty((self.m,), dtype=torch.float32)
-        index = None if token_index is None else token_index.contiguous()
-        counts = None if num_rows is None else num_rows.contiguous()
-        _row_prepass_kernel[(triton.cdiv(self.rows, PREPASS["BLOCK_R"]),)](
-            self.tokens, index, counts, self.offset, self.x_norm,
-            self.rows, self.length, self.tokens.shape[1], self.dim, stride_b, stride_n,
-            NORM=norm if token_norms else "none", **PREPASS,
-        )  # fmt: skip
-        _row_prepass_kernel[(triton.cdiv(self.m, PREPASS["BLOCK_R"]),)](
-            self.pool, None, None, None, self.p_norm,
-            self.m, self.m, self.m, self.dim, 0, self.pool.stride(0),
-            NORM=norm, **PREPASS,
+        self.x_norm = tokens.new_empty((self.rows,), dtype=torch.float32) if token_norms else None
+        programs = triton.cdiv(self.rows, token_rows) + triton.cdiv(self.m, PREPASS["BLOCK_R"])
+        _row_prepass_kernel[(programs,)](
+            tokens, self.pool,
+            None if token_index is None else token_index.contiguous(),
+            None if num_rows is None else num_rows.contiguous(),
+            self.offset, self.x_norm, self.p_norm,
+            (self.rows, self.length, tokens.shape[1], self.m, self.dim), self.strides,
+            TOKEN_R=token_rows, NORM=_NORMS[self.metric], **PREPASS,
         )  # fmt: skip
 
-    def launch(self, kernel: object, *middle: Tensor) -> None:
-        """Run a product kernel over all tiles; ``middle`` are its operands after the offsets."""
-        tiles_m = triton.cdiv(self.rows, self.config.block_m)
-        kernel[(tiles_m * self.tiles_n,)](
-            self.tokens, self.pool, self.offset, *middle,
-            self.rows, self.m, self.dim, self.pool.stride(0),
+    def launch(self, out: Tensor, index: Tensor | None) -> None:
+        """Write all costs to ``out``; or, with ``index``, each tile's best score and column."""
+        if self.hopper is not None:
+            from . import hopper
+
+            operands = (self.offset, self.x_norm, self.p_norm, out, index)
+            hopper.launch(self.tokens, self.pool, operands, self.rows, self.hopper, self.metric)
+            return
+        norms, results = (self.x_norm, self.p_norm), (out,)
+        kernel = _token_cost_kernel
+        if index is not None:
+            kernel, norms, results = _nearest_token_kernel, (self.p_norm,), (out, index)
+        kernel[(triton.cdiv(self.rows, self.config.block_m) * self.tiles_n,)](
+            self.tokens, self.pool, self.offset, *norms, *results,
+            self.rows, self.m, self.dim, self.pool.stride(0), METRIC=self.metric,
             num_warps=self.config.num_warps, num_stages=self.config.num_stages, **self.constants,
         )  # fmt: skip
-
-    @property
-    def tiles_n(self) -> int:
-        return triton.cdiv(self.m, 2 * self.config.half_n)
 
 
 def token_cost(
@@ -321,7 +363,7 @@ def token_cost(
         return out
     with _on(tokens):
         problem = _Problem(tokens, pool, token_index, num_rows, metric, token_norms=True)
-        problem.launch(_token_cost_kernel, problem.x_norm, problem.p_norm, out)
+        problem.launch(out, None)
     return out
 
 
@@ -338,7 +380,7 @@ def nearest_token(
         partial = (problem.tiles_n, problem.rows)
         score = tokens.new_empty(partial, dtype=torch.float32)
         index = tokens.new_empty(partial, dtype=torch.int32)
-        problem.launch(_nearest_token_kernel, problem.p_norm, score, index)
+        problem.launch(score, index)
         _nearest_reduce_kernel[(triton.cdiv(problem.rows, REDUCE_ROWS),)](
             score, index, out, problem.rows, problem.tiles_n, BLOCK_R=REDUCE_ROWS
         )
