@@ -134,6 +134,21 @@ def test_image_spans_of_equal_and_ragged_lengths():
     assert spans.tolist() == [[0, 1, 2], [0, 2, 5], [1, 0, 2], [1, 4, 6]]
 
 
+def test_packed_rows_need_no_use_cache():
+    """In training there is none unless asked for, so the model's own mask (victor) has documents
+    too: the second document's loss is that of the document by itself.
+    """
+    model = attached(zoo.CASES["llava"], "victor")
+    text = torch.randint(3, 80, (1, 20))
+    position = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    labels = text.masked_fill(torch.arange(20) <= 8, -100)
+    together = model(input_ids=text, labels=labels, position_ids=position)
+    apart = model(input_ids=text[:, 8:], labels=text[:, 8:])
+    torch.testing.assert_close(together.loss, apart.loss)
+    joined = model(input_ids=text, labels=labels, position_ids=position, use_cache=True)
+    assert (joined.loss - apart.loss).abs() > 1e-4
+
+
 def test_packed_rows():
     case = zoo.CASES["llava"]
     model = attached(case)

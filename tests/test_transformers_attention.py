@@ -146,7 +146,7 @@ def test_packed_rows_equal_separate_rows(name):
     case = zoo.CASES[name]
     model = case.model(attn_implementation="croc")
     joined, rows = packed(case, model)
-    # With a cache, and by default there is one, transformers does not look for documents.
+    # With a cache, and by default there is one, transformers does not look for documents: below.
     together = model(**joined, use_cache=False).logits[0]
     apart = torch.cat([model(**row).logits[0] for row in rows])
     torch.testing.assert_close(together, apart, rtol=0, atol=TOLERANCE)
@@ -160,6 +160,29 @@ def test_packed_rows_of_text():
     together = model(input_ids=ids, position_ids=position, use_cache=False).logits
     apart = torch.cat([model(input_ids=part).logits for part in ids.split([8, 12], 1)], 1)
     torch.testing.assert_close(together, apart, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", [*dict(text_models()), "llava", "gemma3"])
+@pytest.mark.parametrize("how", ["a cache", "a padding mask"])
+def test_packed_rows_that_transformers_joins_are_refused(name, how):
+    """By default there is a cache, and then it does not look for documents: no silent mixing."""
+    if name in zoo.CASES:
+        model = zoo.CASES[name].model()
+        joined, _ = packed(zoo.CASES[name], model)
+    else:
+        model = transformers.AutoModelForCausalLM.from_config(dict(text_models())[name]).eval()
+        position = torch.cat([torch.arange(8), torch.arange(12)])[None]
+        joined = {"input_ids": torch.randint(3, 90, (1, 20)), "position_ids": position}
+    model.set_attn_implementation("croc")
+    options = {"use_cache": True}
+    if (name, how) == ("gemma3", "a cache"):  # its mask is made before its cache
+        apart = model(**joined, use_cache=False).logits
+        torch.testing.assert_close(model(**joined, **options).logits, apart, rtol=0, atol=0)
+        return
+    if how == "a padding mask":
+        options = {"use_cache": False, "attention_mask": torch.ones_like(joined["input_ids"])}
+    with pytest.raises(RuntimeError, match="packed rows need use_cache=False"):
+        model(**joined, **options)
 
 
 # --- generation, checkpointing, compile, autocast -------------------------------------------------

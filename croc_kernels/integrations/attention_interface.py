@@ -30,6 +30,12 @@ _INEXPRESSIBLE = {
 }
 
 
+PACKED = (
+    'attn_implementation="croc": position_ids restart within a row, but the mask that transformers '
+    "made lets documents see each other; packed rows need use_cache=False and no attention_mask"
+)
+
+
 def pack_mask(mask: MixedMask) -> Tensor:
     """One int32 tensor (B, 1, 2 or 3, Lq + Lk) with the vectors of ``mask``; the third row has
     ``visible_until``.
@@ -218,10 +224,36 @@ def croc_attention(
         mask = _mask_of_none(causal, query.shape[0], num_queries, num_keys, query.device)
     elif is_packed(attention_mask) and attention_mask.shape[3] == num_queries + num_keys:
         mask = unpack_mask(attention_mask, num_queries)
+        if _is_first_of_kind(module) and num_queries == num_keys:
+            _check_documents(mask, kwargs.get("position_ids"))
     else:
         mask = _mask_of_dense(attention_mask, query.shape[0], num_queries, num_keys)
     out = mixed_attention(query, key, value, mask, scale=scaling, softcap=softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_first_of_kind(module: torch.nn.Module) -> bool:
+    """Whether this layer is the first with its mask: full layers share one, sliding layers another,
+    and transformers can have found documents for one of them only.
+    """
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        return False
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    return index == (kinds.index(kinds[index]) if kinds else 0)
+
+
+def _check_documents(mask: MixedMask, position_ids: Tensor | None) -> None:
+    """Assert on the device that a row whose position restarts sees nothing before itself, unless it
+    follows padding. transformers looks for documents only without a cache and without padding.
+    """
+    if position_ids is None or position_ids.dim() != 2 or mask.visible_until is not None:
+        return
+    place = torch.arange(1, mask.start.shape[1], device=mask.start.device)
+    restarts = position_ids[:, 1:] < position_ids[:, :-1]
+    follows = mask.end[:, :-1] > mask.start[:, :-1]
+    crosses = (mask.start[:, 1:] < place) & (mask.end[:, 1:] > place)
+    torch._assert_async(~(restarts & follows & crosses).any(), PACKED)
 
 
 def _mask_of_none(

@@ -116,6 +116,9 @@ class Attachment:
             {name: given.get(name) for name in _CAPTURED}, kwargs.get("num_masked_in_batch")
         )
         kept = {name: value for name, value in kwargs.items() if name not in _RECIPE_INPUTS}
+        if self.model.training and given.get("labels") is not None:
+            # No step needs a cache, and with one transformers does not look for packed documents.
+            kept.setdefault("use_cache", False)
         if encoded.get("image") is not None:
             changed = self._replace(copy.copy(encoded["image"]))
             kept["mm_encoder_outputs"] = {**encoded, "image": changed}
