@@ -24,6 +24,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .config import HopperCostConfig
 
 _NO_INDEX = gl.constexpr(2**31 - 1)
+# Renamed between triton 3.6 and 3.9.
+_load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -63,10 +66,8 @@ def _copy_tiles(
             bar = full.index(slot)
             mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
             mbarrier.expect(bar, BLOCK_N * BLOCK_K * 2)
-            tma.async_copy_global_to_shared(
-                pool_desc, [tile_n * BLOCK_N, k], bar, p_smem.index(slot)
-            )
-            async_copy.async_copy_global_to_shared(x_smem.index(slot), x_ptrs)
+            _load_box(pool_desc, [tile_n * BLOCK_N, k], bar, p_smem.index(slot))
+            _load_rows(x_smem.index(slot), x_ptrs)
             async_copy.mbarrier_arrive(bar, increment_count=False)
             x_ptrs += BLOCK_K
             step += 1
