@@ -12,7 +12,7 @@ import pytest
 import torch
 from mixed_attention_cases import MASKS, check, gradients, inputs
 
-from croc_kernels.attention import config
+from croc_kernels.attention import config, hopper_backward
 from croc_kernels.attention.api import mixed_attention
 from croc_kernels.attention.mask import MixedMask
 
@@ -151,3 +151,64 @@ def test_kernels_of_nothing():
     x = torch.zeros(0, 2, 5, 16, requires_grad=True)
     mixed_attention(x, x, x, mask).sum().backward()
     assert x.grad.shape == x.shape
+
+
+def fragments(rows, cols):
+    """Place of element (row, column) in a tile of dQ as eight warps hold it, 4 values at a time."""
+    warps = 4 if rows == 64 else 8
+    width = cols * warps // 8
+    places = torch.empty(rows, cols, dtype=torch.int64)
+    for r in range(rows):
+        for c in range(cols):
+            warp = r // 16 % warps + warps * (c // width)
+            lane = r % 8 * 4 + c % 8 // 2
+            quad = r // (16 * warps) * (width // 8) + c % width // 8
+            places[r, c] = ((quad * 8 + warp) * 32 + lane) * 4 + r // 8 % 2 * 2 + c % 2
+    return places
+
+
+@pytest.mark.parametrize(("dim", "block_m"), [(64, 64), (64, 128), (128, 64), (256, 64)])
+def test_kernels_finish_puts_the_gradient_of_queries_in_rows(dim, block_m):
+    transposed, length = dim >= 128, block_m + 5
+    shape = (dim, block_m) if transposed else (block_m, dim)
+    places = fragments(*shape)
+    assert places.flatten().sort().values.equal(torch.arange(dim * block_m))
+    tiles = torch.randn(8, *shape)
+    sums = torch.empty(8, dim * block_m)
+    sums[:, places.flatten()] = tiles.flatten(1)
+    got = torch.full((2, length, 2, dim), float("nan")).transpose(1, 2)
+    hopper_backward._finish_kernel[(8,)](
+        sums, got, got.stride()[:3], 0.5, length,
+        HEADS=2, D=dim, BLOCK_M=block_m, TRANSPOSED=transposed,
+    )  # fmt: skip
+    rows = (tiles.mT if transposed else tiles).reshape(2, 2, 2 * block_m, dim)
+    assert torch.equal(got, 0.5 * rows[:, :, :length])
+
+
+@pytest.mark.parametrize("with_lse", [True, False])
+def test_kernels_prepare_marks_rows_that_see_nothing(with_lse):
+    length, block_m, dim = 100, 64, 32
+    out, grad = (torch.randn(2, length, 3, dim).transpose(1, 2) for _ in range(2))
+    grad_lse = torch.randn(2, 3, length)
+    lse = torch.randn(2, 3, length)
+    blind = torch.zeros(2, 1, length, dtype=torch.bool)
+    blind[1, :, 70:80] = True
+    lse = lse.masked_fill(blind, float("-inf"))
+    hidden = grad.masked_fill(blind[..., None], float("nan"))
+    stats, sums = torch.full((12, 2, block_m), float("nan")), torch.full((12, 64 * dim), 7.0)
+    dirty, turns = torch.full((2, 2), -1, dtype=torch.int32), torch.full((13,), -1).int()
+    hopper_backward._prepare_kernel[(12,)](
+        out, hidden, lse, grad_lse, stats, dirty, turns, sums,
+        (*out.stride()[:3], *hidden.stride()[:3], *grad_lse.stride()), length,
+        HEADS=3, D=dim, BLOCK_M=block_m, HAS_GRAD_LSE=with_lse, ORDERED=True,
+    )  # fmt: skip
+    got = stats.reshape(2, 3, 2, 2, block_m).transpose(2, 3).reshape(2, 3, 2, 128)
+    want = torch.full((2, 3, 128), float("inf"))
+    want[..., :length] = lse.masked_fill(blind, float("inf"))
+    assert torch.equal(got[:, :, 0], want)
+    delta = torch.zeros(2, 3, 128)
+    delta[..., :length] = (out * grad).sum(-1) - with_lse * config.LOG2_E * grad_lse
+    torch.testing.assert_close(got[:, :, 1], delta.masked_fill(want == float("inf"), 0.0))
+    assert dirty.tolist() == [[0, 0], [0, 10]]
+    assert not turns.any()
+    assert not sums.any()
