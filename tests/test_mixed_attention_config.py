@@ -49,6 +49,22 @@ def test_config_takes_the_hopper_backward_only_where_it_can():
     assert config.pick_hopper_backward(90, 128, torch.float32, **fits) is None
 
 
+def test_config_takes_the_hopper_forward_only_where_it_can():
+    fits = {"length": 4096, "plain_scores": True, "aligned": True}
+    for dim in config.HEAD_DIMS:
+        for dtype in (torch.float16, torch.bfloat16):
+            picked = config.pick_hopper_forward(90, dim, dtype, **fits)
+            assert (picked is not None) == (dim in config.HOPPER_FORWARD)
+            for change in ({"plain_scores": False}, {"aligned": False}, {"length": 127}):
+                assert config.pick_hopper_forward(90, dim, dtype, **fits | change) is None
+    for arch in (*SHARED, 0):
+        picked = config.pick_hopper_forward(arch, 128, torch.bfloat16, **fits)
+        assert (picked is not None) == (arch == 90)
+    assert config.pick_hopper_forward(90, 128, torch.float32, **fits) is None
+    short = config.pick_hopper_forward(90, 128, torch.bfloat16, **fits | {"length": 1024})
+    assert short.block_n < config.pick_hopper_forward(90, 128, torch.bfloat16, **fits).block_n
+
+
 def test_config_tma_takes_what_is_aligned_to_sixteen_bytes():
     packed = torch.empty(2, 300, 12, 64, dtype=torch.bfloat16)
     assert config.tma_aligned(packed[:, :, 4:8].transpose(1, 2))

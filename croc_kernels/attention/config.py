@@ -57,6 +57,26 @@ class BackwardConfig:
 
 
 @dataclass(frozen=True)
+class HopperForwardConfig:
+    """Tiles of the warp-specialised forward kernel, and how many heads share a stretch of turns."""
+
+    block_n: int
+    stages: int
+    section: int
+    block_m: int = 128
+    consumer_registers: int = 232
+    producer_registers: int = 40
+
+    def constants(self) -> dict[str, object]:
+        """Constexpr arguments of the kernel."""
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
+            "SECTION": self.section, "CONSUMER_REGISTERS": self.consumer_registers,
+            "PRODUCER_REGISTERS": self.producer_registers,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
 class HopperBackwardConfig:
     """Tiles of the warp-specialised backward kernel."""
 
@@ -147,6 +167,27 @@ def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Backw
     if dtype == torch.float32:
         return BackwardConfig(*(4 * (32 if dim <= 64 else 16,)), 8, 1)
     return BackwardConfig(*_row(_BACKWARD[family(arch)], dim))
+
+
+# (block_n, stages, section) per head dimension: of short rows, and from HOPPER_LONG rows on. H200,
+# D = 128: at 1k 389 TFLOP/s with (64, 4, 4) and 272 with (128, 2, 4), at 2k 468 and 519.
+HOPPER_FORWARD = {64: ((64, 4, 4), (128, 3, 1)), 128: ((64, 4, 4), (128, 2, 1))}
+HOPPER_LONG = 1536
+# Fewer rows than a tile has, as with a cache: the plain kernel has smaller ones.
+HOPPER_SHORTEST = 128
+
+
+def pick_hopper_forward(
+    arch: int, dim: int, dtype: torch.dtype, length: int, plain_scores: bool, aligned: bool
+) -> HopperForwardConfig | None:
+    """Tiles of the warp-specialised forward for ``length`` rows, or None where the plain kernel has
+    to do. ``plain_scores`` and ``aligned``: see :func:`pick_hopper_backward`.
+    """
+    tiles = HOPPER_FORWARD.get(dim)
+    fits = plain_scores and aligned and length >= HOPPER_SHORTEST
+    if arch != 90 or dtype == torch.float32 or not (fits and tiles):
+        return None
+    return HopperForwardConfig(*tiles[length >= HOPPER_LONG])
 
 
 # (block_m, block_n, stages) per head dimension. Measured on an H200 for D = 64 (424 TFLOP/s at 8k;

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import config
+from .hopper_forward import hopper_fwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
 
 
@@ -119,7 +120,15 @@ def mixed_attention_fwd(
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    picked = config.pick_forward(config.arch_of(q), dim, q.dtype, length)
+    arch = config.arch_of(q)
+    aligned = k.numel() > 0 and all(config.tma_aligned(x) for x in (q, k, v))
+    plain_scores = visible_until is None and softcap == 0.0
+    hopper = config.pick_hopper_forward(arch, dim, q.dtype, length, plain_scores, aligned)
+    if hopper is not None:
+        with config.on_device(q):
+            hopper_fwd(q, k, v, start, end, scale, out, lse, hopper)
+        return out, lse
+    picked = config.pick_forward(arch, dim, q.dtype, length)
     grid = (triton.cdiv(length, picked.block_m) * batch * heads,)
     with config.on_device(q):
         _mixed_attention_fwd_kernel[grid](

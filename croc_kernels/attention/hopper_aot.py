@@ -4,7 +4,7 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from ..aot import CompileCase
-from . import config, hopper_backward
+from . import config, hopper_backward, hopper_forward
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALIGNED = [["tt.divisibility", 16]]
@@ -22,6 +22,27 @@ SPILLS = {
 
 def _descriptor(name: str, rows: int, dim: int) -> str:
     return f"tensordesc<{name}{[1, 1, rows, dim]},{NVMMASharedLayout(128, 16, 4)!r}>"
+
+
+def forward_case(
+    dim: int, dtype: torch.dtype, *, length: int = 4096, group: int = 1
+) -> CompileCase:
+    """The warp-specialised forward kernel as launched for so many rows."""
+    picked = config.pick_hopper_forward(90, dim, dtype, length, plain_scores=True, aligned=True)
+    fn, name = hopper_forward._mixed_attention_fwd_hopper_kernel, _NAMES[dtype]
+    row, key = _descriptor(name, picked.block_m // 2, dim), _descriptor(name, picked.block_n, dim)
+    constants = {"HEADS": 32, "GROUP": group, "D": dim} | picked.constants()
+    signature = {
+        "q_desc": row, "k_desc": key, "v_desc": key, "o_desc": row, "lse_ptr": "*fp32",
+        "start_ptr": "*i32", "end_ptr": "*i32", "outer": "fp32", "num_queries": "i32",
+        "items": "i32",
+    } | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    pointers = ("lse_ptr", "start_ptr", "end_ptr")
+    attrs = {(fn.arg_names.index(n),): _ALIGNED for n in pointers}
+    name = f"mixed_attention_fwd_hopper-D{dim}-{name}-L{length}" + f"-group{group}" * (group > 1)
+    return CompileCase(
+        name, fn, signature, constants, attrs, 4, 1, True, SPILLS.get(name, 0)
+    )  # fmt: skip
 
 
 def backward_case(
@@ -90,4 +111,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases = [backward_case(dim, bf16, ordered=o) for dim in dims for o in (False, True)]
     cases += [backward_case(128, torch.float16), backward_case(128, bf16, group=4)]
     cases += [case(dim, bf16) for dim in dims for case in (prepare_case, finish_case)]
+    forward = [(d, n) for d in config.HOPPER_FORWARD for n in (config.HOPPER_LONG, 1024)]
+    cases += [forward_case(dim, bf16, length=n) for dim, n in forward]
+    cases += [forward_case(128, torch.float16), forward_case(128, bf16, group=4)]
     return cases

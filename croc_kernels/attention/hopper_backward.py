@@ -8,11 +8,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .config import LOG2_E, HopperBackwardConfig
+from .hopper import tile_descriptor
 from .hopper_backward_kernel import _mixed_attention_bwd_hopper_kernel
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 # Made once: a launch is short enough for the host to notice.
-_TILES = gl.NVMMASharedLayout(128, 16, 4)
 _STATISTICS = gl.NVMMASharedLayout(0, 32, 2)
 
 
@@ -88,13 +88,6 @@ def _finish_kernel(
     tl.store(pointers, x.to(dq_ptr.dtype.element_ty), mask=(offs < num_queries)[:, None])
 
 
-def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """(1, 1, block, D) tiles of a (B, H, L, D) tensor; rows past the end read as zeros."""
-    # The stride of a dimension of one element may be anything, and is never used.
-    strides = [s if n > 1 else 8 for n, s in zip(x.shape[:3], x.stride(), strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, x.shape[3]], _TILES)
-
-
 def hopper_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, row_start: Tensor, row_end: Tensor,
@@ -123,9 +116,9 @@ def hopper_bwd(
         stats, list(stats.shape), [2 * block_m, 1], [1, 2 * block_m], _STATISTICS
     )
     _mixed_attention_bwd_hopper_kernel[(triton.cdiv(num_keys, block_n) * batch * key_heads,)](
-        _descriptor(q, block_m), _descriptor(k, block_n), _descriptor(v, block_n),
-        _descriptor(grad_out, block_m), stats_desc, _descriptor(grads[1], block_n),
-        _descriptor(grads[2], block_n), sums, (row_start, row_end, dirty, turns),
+        tile_descriptor(q, block_m), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
+        tile_descriptor(grad_out, block_m), stats_desc, tile_descriptor(grads[1], block_n),
+        tile_descriptor(grads[2], block_n), sums, (row_start, row_end, dirty, turns),
         (scale * LOG2_E, scale), num_keys, tiles,
         HEADS=heads, GROUP=heads // key_heads, D=dim, ORDERED=ordered, num_warps=8,
         **picked.constants(),

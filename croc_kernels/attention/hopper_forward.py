@@ -1,0 +1,284 @@
+"""Forward of mixed attention for sm_90: TMA loads by one warp, two warp groups with a tile each.
+
+A persistent grid: every program takes tiles of rows, the longest of a head first, and its loads run
+ahead from one tile into the next. Products of the next keys are issued before the softmax of these,
+whose weights meet their values while those products run.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .config import LOG2_E, HopperForwardConfig
+from .hopper import barrier, tile_descriptor, tma_load, tma_store
+
+
+@gluon.jit
+def _turns(items):
+    """How many of ``items`` this program takes."""
+    return gl.cdiv(items - gl.program_id(0), gl.num_programs(0))
+
+
+@gluon.jit
+def _item(
+    turn, items, start_ptr, end_ptr, num_queries,
+    HEADS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SECTION: gl.constexpr,
+):  # fmt: skip
+    """Head, first row and keys of one turn. SECTION heads share a stretch of turns, last rows
+    first: their keys stay in the L2, and the tiles with most keys don't end the grid.
+    """
+    tiles = gl.cdiv(num_queries, BLOCK_M)
+    item = turn * gl.num_programs(0) + gl.program_id(0)
+    part = item // (tiles * SECTION)
+    within = item % (tiles * SECTION)
+    size = gl.minimum(SECTION, items // tiles - part * SECTION)
+    plane = part * SECTION + within % size
+    row = (tiles - 1 - within // size) * BLOCK_M
+    batch = plane // HEADS
+    first_row = batch.to(gl.int64) * num_queries + row
+    last_row = first_row + gl.minimum(BLOCK_M, num_queries - row) - 1
+    low, high = gl.load(start_ptr + first_row), gl.load(end_ptr + last_row)
+    first = low // BLOCK_N * BLOCK_N
+    # At least one tile of keys, so that both sides count the same: all of it is masked then.
+    past = gl.maximum(first + BLOCK_N, gl.cdiv(high, BLOCK_N) * BLOCK_N)
+    return plane, row, low, high, first, past
+
+
+@gluon.jit
+def _keep_rows(tile, n, low, high, D: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Zero the rows of a tile of values outside [low, high), which may hold NaN: 0 * NaN = NaN."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
+    keys = n + gl.arange(0, 8, gl.SliceLayout(1, layout))
+    for i in gl.static_range(BLOCK_N // 8):
+        part = tile.slice(8 * i, 8, 0)
+        seen = (keys + 8 * i >= low) & (keys + 8 * i < high)
+        values = part.load(layout)
+        part.store(gl.where(seen[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, start_ptr, end_ptr, num_queries, items, tiles_smem, bars,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr,
+):  # fmt: skip
+    """Bring every turn's tile of Q, then its keys and values tile by tile."""
+    q_smem, k_smem, v_smem, _o_smem = tiles_smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
+    it = 0
+    raw = 0
+    for turn in range(_turns(items)):
+        plane, row, low, high, first, past = _item(
+            turn, items, start_ptr, end_ptr, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
+        )
+        batch, head = plane // HEADS, plane % HEADS
+        mbarrier.wait(q_empty, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, q_desc.block_type.nbytes * 2)
+        tma_load(q_desc, [batch, head, row, 0], q_full, q_smem.index(0))
+        tma_load(q_desc, [batch, head, row + BLOCK_M // 2, 0], q_full, q_smem.index(1))
+        for n in range(first, past, BLOCK_N):
+            slot = it % STAGES
+            phase = (it // STAGES) & 1
+            bar = k_full.index(slot)
+            mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            mbarrier.expect(bar, k_desc.block_type.nbytes)
+            tma_load(k_desc, [batch, head // GROUP, n, 0], bar, k_smem.index(slot))
+            bar = v_full.index(slot)
+            mbarrier.wait(v_empty.index(slot), phase ^ 1)
+            if (n >= low) & (n + BLOCK_N <= high):
+                mbarrier.expect(bar, v_desc.block_type.nbytes)
+                tma_load(v_desc, [batch, head // GROUP, n, 0], bar, v_smem.index(slot))
+            else:
+                mbarrier.expect(v_raw, v_desc.block_type.nbytes)
+                tma_load(v_desc, [batch, head // GROUP, n, 0], v_raw, v_smem.index(slot))
+                mbarrier.wait(v_raw, raw & 1)
+                raw += 1
+                tile = v_smem.index(slot).reshape([BLOCK_N, D])
+                _keep_rows(tile, n, low, high, D, BLOCK_N)
+                mbarrier.arrive(bar, count=1)
+            it += 1
+
+
+@gluon.jit
+def _masked(scores, position, row_low, row_high):
+    seen = (position[None, :] >= row_low[:, None]) & (position[None, :] < row_high[:, None])
+    return gl.where(seen, scores, float("-inf"))
+
+
+@gluon.jit
+def _consume(
+    o_desc, lse_ptr, start_ptr, end_ptr, outer, num_queries, items, tiles_smem, bars,
+    HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, SECTION: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    """One half of the rows of every turn."""
+    q_smem, k_smem, v_smem, o_smem = tiles_smem
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _v_raw = bars
+    HALF: gl.constexpr = BLOCK_M // 2
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    dtype: gl.constexpr = o_desc.dtype
+    q = q_smem.index(PART).reshape([HALF, D])
+    o_tile = o_smem.index(PART)
+    cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    zeros = gl.zeros([HALF, BLOCK_N], gl.float32, s_layout)
+    it = 0
+    for turn in range(_turns(items)):
+        plane, row, _low, _high, first, past = _item(
+            turn, items, start_ptr, end_ptr, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
+        )
+        row += PART * HALF
+        rows = row + gl.arange(0, HALF, s_rows)
+        inside = rows < num_queries
+        bounds = (plane // HEADS).to(gl.int64) * num_queries
+        row_low = gl.load(start_ptr + bounds + rows, mask=inside, other=0)
+        row_high = gl.load(end_ptr + bounds + rows, mask=inside, other=0)
+        # What all of these rows see; rows past the end are clamped and never stored.
+        full_low = gl.load(start_ptr + bounds + gl.minimum(row + HALF, num_queries) - 1)
+        full_high = gl.load(end_ptr + bounds + gl.minimum(row, num_queries - 1))
+
+        mbarrier.wait(q_full, turn & 1)
+        slot = it % STAGES
+        mbarrier.wait(k_full.index(slot), (it // STAGES) & 1)
+        keys = k_smem.index(slot).reshape([BLOCK_N, D]).permute((1, 0))
+        scores = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        scores = _masked(scores, first + cols, row_low, row_high)
+        top = gl.max(scores, 1) * outer
+        # A row that has seen nothing yet has no maximum: shift by 0, not by -inf.
+        shift = gl.where(top == float("-inf"), 0.0, top)
+        weights = gl.exp2(scores * outer - shift[:, None])
+        total = gl.sum(weights, 1)
+        p = gl.convert_layout(weights.to(dtype), p_layout)
+        acc = gl.zeros([HALF, D], gl.float32, o_layout)
+        after = it + 1
+        more = first + BLOCK_N < past
+        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=more)
+        for n in range(first + BLOCK_N, past, BLOCK_N):
+            before = it % STAGES
+            phase = (it // STAGES) & 1
+            it += 1
+            slot = it % STAGES
+            keys = k_smem.index(slot).reshape([BLOCK_N, D]).permute((1, 0))
+            scores = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(before), phase)
+            values = v_smem.index(before).reshape([BLOCK_N, D])
+            acc = warpgroup_mma(p, values, acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(k_empty.index(slot), count=1)
+            if (n < full_low) | (n + BLOCK_N > full_high):
+                scores = _masked(scores, n + cols, row_low, row_high)
+            new_top = gl.maximum(top, gl.max(scores, 1) * outer)
+            shift = gl.where(new_top == float("-inf"), 0.0, new_top)
+            weights = gl.exp2(scores * outer - shift[:, None])
+            decay = gl.exp2(top - shift)
+            total = total * decay + gl.sum(weights, 1)
+            top = new_top
+            after = it + 1
+            more = n + BLOCK_N < past
+            mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=more)
+            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+            mbarrier.arrive(v_empty.index(before), count=1)
+            acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+            p = gl.convert_layout(weights.to(dtype), p_layout)
+        mbarrier.arrive(q_empty, count=1)
+        slot = it % STAGES
+        mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
+        acc = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, D]), acc, is_async=True)
+        share = 1.0 / gl.where(total == 0.0, 1.0, total)
+        place = plane.to(gl.int64) * num_queries + rows
+        gl.store(lse_ptr + place, top + gl.log2(total), mask=inside)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        it += 1
+        acc = acc * gl.convert_layout(share, o_rows)[:, None]
+        tma.store_wait(0)
+        o_tile.reshape([HALF, D]).store(acc.to(dtype))
+        fence_async_shared()
+        tma_store(o_desc, [plane // HEADS, plane % HEADS, row, 0], o_tile)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_queries", "items"])
+def _mixed_attention_fwd_hopper_kernel(
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, start_ptr, end_ptr, outer, num_queries, items,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, D) tiles of the output, ``items`` in all; grid = (multiprocessors,)."""
+    half: gl.constexpr = BLOCK_M // 2
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, half, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
+    o_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, half, D], o_desc.layout)
+    layout: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], layout)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], layout)
+    v_raw = gl.allocate_shared_memory(gl.int64, [1], layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    mbarrier.init(v_raw, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    # The barriers must be seen by the copy engine before the first copy.
+    fence_async_shared()
+    tiles_smem = (q_smem, k_smem, v_smem, o_smem)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
+    gl.warp_specialize(
+        [
+            (_consume, (
+                o_desc, lse_ptr, start_ptr, end_ptr, outer, num_queries, items, tiles_smem, bars,
+                HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, 0,
+            )),
+            (_consume, (
+                o_desc, lse_ptr, start_ptr, end_ptr, outer, num_queries, items, tiles_smem, bars,
+                HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, 1,
+            )),
+            (_produce, (
+                q_desc, k_desc, v_desc, start_ptr, end_ptr, num_queries, items, tiles_smem, bars,
+                HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION,
+            )),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
+
+
+def hopper_fwd(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float,
+    out: Tensor, lse: Tensor, picked: HopperForwardConfig,
+) -> None:  # fmt: skip
+    """Write output and base-2 log-sum-exp to ``out`` and ``lse``."""
+    batch, heads, length, dim = q.shape
+    half, block_n = picked.block_m // 2, picked.block_n
+    items = triton.cdiv(length, picked.block_m) * batch * heads
+    programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    _mixed_attention_fwd_hopper_kernel[(programs,)](
+        tile_descriptor(q, half), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
+        tile_descriptor(out, half), lse, start, end, scale * LOG2_E, length, items,
+        HEADS=heads, GROUP=heads // k.shape[1], D=dim, **picked.constants(), num_warps=4,
+    )  # fmt: skip
