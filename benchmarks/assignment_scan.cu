@@ -4,7 +4,7 @@
 //   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu
 //   -o scan && ./scan
 //
-// Prints one JSON object per line. Times are medians over repeated runs, from events; the first
+// With arguments, FILE B N M, it solves the float32 costs in the file instead of its own. Prints one JSON object per line. Times are medians over repeated runs, from events; the first
 // runs are dropped.
 #include <algorithm>
 #include <cstdio>
@@ -45,8 +45,8 @@ float median(std::vector<float> values) {
 
 // The step of the path search, alone: the first n columns are matched, the others forbidden, so
 // that a search scans all n rows and gives up.
-template <int kGroups, int kThreads>
-__global__ void __launch_bounds__(kThreads, 1) scan_all_rows(Arguments a, int* steps) {
+template <int kGroups>
+__global__ void __launch_bounds__(kPathThreads, 1) scan_all_rows(Arguments a, int* steps) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<float> p(a);
   State s;
@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(kThreads, 1) scan_all_rows(Arguments a, int* s
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.row_of[j] = j < p.n - 1 ? j : -1;
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.u[i] = 0.0, s.twin[i] = i;
   __syncthreads();
-  Reached<kGroups> reached;
-  const PathEnd end = shortest_path<float>(p.costs, s, reached, p.n - 1);
+  Search<kGroups> search;
+  const PathEnd end = shortest_path<float>(p.costs, s, search, p.n - 1);
   if (threadIdx.x == 0) steps[blockIdx.x] = end.steps;
 }
 
-template <int kGroups, int kThreads>
-void measure_scan(int batch, int n, int m) {
-  const auto kernel = scan_all_rows<kGroups, kThreads>;
+template <int kGroups>
+void measure_scan(int batch, int n, int m, int threads) {
+  const auto kernel = scan_all_rows<kGroups>;
   std::vector<float> cost(static_cast<size_t>(batch) * n * m);
   std::mt19937 random(1);
   std::uniform_real_distribution<float> uniform;
@@ -70,7 +70,7 @@ void measure_scan(int batch, int n, int m) {
     cost[k] =
         static_cast<int>(k % m) < n - 1 ? uniform(random) : std::numeric_limits<float>::infinity();
   Arguments a{};
-  a.batch = batch, a.rows = n, a.columns = m, a.vectors = m % 4 == 0;
+  a.batch = batch, a.rows = n, a.columns = m, a.cost_bytes = 4, a.vectors = m % 4 == 0;
   const Plan plan = make_plan(n, m, 227 * 1024);
   unsigned char* workspace = nullptr;
   CHECK(cudaMalloc(&workspace, plan_workspace(a, plan)));
@@ -86,7 +86,7 @@ void measure_scan(int batch, int n, int m) {
   std::vector<float> times;
   for (int run = 0; run < kWarmups + kRuns; ++run) {
     CHECK(cudaEventRecord(begin));
-    kernel<<<batch, kThreads, plan.path_shared>>>(a, steps);
+    kernel<<<batch, threads, plan.path_shared>>>(a, steps);
     CHECK(cudaGetLastError());
     CHECK(cudaEventRecord(end));
     CHECK(cudaEventSynchronize(end));
@@ -99,7 +99,7 @@ void measure_scan(int batch, int n, int m) {
   std::printf(
       "{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"threads\": %d, \"steps\": %d, "
       "\"us_per_scan\": %.4f}\n",
-      batch, n, m, kThreads, taken, 1e3f * median(times) / taken);
+      batch, n, m, threads, taken, 1e3f * median(times) / taken);
   CHECK(cudaFree(workspace));
   CHECK(cudaFree(device_cost));
   CHECK(cudaFree(steps));
@@ -133,7 +133,7 @@ const char* const kNames[] = {
 constexpr size_t kLaunches = sizeof kNames / sizeof *kNames;
 
 // Column offsets and small noise as at the start of training, or uniform costs.
-void measure_solve(const std::string& family, int batch, int n, int m) {
+std::vector<float> make_costs(const std::string& family, int batch, int n, int m) {
   std::vector<float> cost(static_cast<size_t>(batch) * n * m), offset(m);
   std::mt19937 random(2);
   std::normal_distribution<float> normal;
@@ -141,8 +141,13 @@ void measure_solve(const std::string& family, int batch, int n, int m) {
   for (float& x : offset) x = 64.0f + 0.7f * normal(random);
   for (size_t k = 0; k < cost.size(); ++k)
     cost[k] = family == "init" ? offset[k % m] + normal(random) / 64.0f : uniform(random);
+  return cost;
+}
+
+void measure_solve(const std::string& name, const std::vector<float>& cost, int batch, int n,
+                   int m) {
   Arguments a{};
-  a.batch = batch, a.rows = n, a.columns = m, a.vectors = m % 4 == 0;
+  a.batch = batch, a.rows = n, a.columns = m, a.cost_bytes = 4, a.vectors = m % 4 == 0;
   float* device_cost = on_device(cost);
   a.cost = device_cost;
   const int64_t rows = static_cast<int64_t>(batch) * n, columns = static_cast<int64_t>(batch) * m;
@@ -177,16 +182,16 @@ void measure_solve(const std::string& family, int batch, int n, int m) {
   int most[kCounters] = {};
   for (int b = 0; b < batch; ++b) {
     Workspace w;
-    w.carve(workspace.data() + b * a.workspace_stride, a.max_n(), a.max_m(), a.state_bytes);
+    w.carve(workspace.data() + b * a.workspace_stride, a);
     for (int c = 0; c < kCounters; ++c) most[c] = std::max(most[c], w.scalars->counters[c]);
   }
   std::printf(
       "{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g, "
-      "\"most_rounds\": %d, "
-      "\"most_row_scans\": %d, \"most_column_scans\": %d, \"us\": {",
-      family.c_str(), batch, n, m, median(times[kLaunches]),
-      *std::max_element(gaps.begin(), gaps.end()), most[kRounds], most[kRowScans],
-      most[kColumnScans]);
+      "\"rounds\": %d, \"bids\": %d, \"column_rounds\": %d, \"column_bids\": %d, "
+      "\"paths\": %d, \"row_scans\": %d, \"column_scans\": %d, \"us\": {",
+      name.c_str(), batch, n, m, median(times[kLaunches]),
+      *std::max_element(gaps.begin(), gaps.end()), most[kRounds], most[kBids], most[kReverseRounds],
+      most[kReverseBids], most[kFreeRows], most[kRowScans], most[kColumnScans]);
   std::map<std::string, float> by_name;
   for (size_t k = 0; k < kLaunches; ++k) by_name[kNames[k]] += 1e3f * median(times[k]);
   const char* separator = "";
@@ -202,13 +207,24 @@ void measure_solve(const std::string& family, int batch, int n, int m) {
 
 }  // namespace
 
-int main() {
-  for (int batch : {1, 4, 32, 128}) {
-    measure_scan<1, 512>(batch, 432, 2048);
-    measure_scan<2, 256>(batch, 432, 2048);
-    measure_scan<4, 128>(batch, 432, 2048);
+int main(int argc, char** argv) {
+  if (argc == 5) {
+    const int batch = std::atoi(argv[2]), n = std::atoi(argv[3]), m = std::atoi(argv[4]);
+    std::vector<float> cost(static_cast<size_t>(batch) * n * m);
+    std::FILE* file = std::fopen(argv[1], "rb");
+    if (file == nullptr || std::fread(cost.data(), 4, cost.size(), file) != cost.size()) {
+      std::fprintf(stderr, "%s: no %zu costs in it\n", argv[1], cost.size());
+      return 1;
+    }
+    measure_solve(argv[1], cost, batch, n, m);
+    return 0;
+  }
+  for (int batch : {4, 32, 128}) {
+    measure_scan<1>(batch, 432, 2048, 512);
+    measure_scan<4>(batch, 432, 2048, 128);
   }
   for (int batch : {4, 32, 128})
-    for (const char* family : {"init", "uniform"}) measure_solve(family, batch, 432, 2048);
-  measure_solve("init", 4, 2016, 2048);
+    for (const char* family : {"init", "uniform"})
+      measure_solve(family, make_costs(family, batch, 432, 2048), batch, 432, 2048);
+  measure_solve("init", make_costs("init", 4, 2016, 2048), 4, 2016, 2048);
 }

@@ -253,7 +253,7 @@ def test_workspace_is_below_half_of_the_costs() -> None:
     for rows, columns in [(432, 2048), (2016, 2048), (547, 2048), (8192, 8192), (2048, 8192)]:
         size, _ = emulator.workspace(4, rows, columns)
         assert size < 4 * rows * columns * 4 / 2
-    assert [emulator.workspace(1, 432, m)[1] for m in (2048, 4096, 8192, 16384)] == [2, 8, 8, 0]
+    assert [emulator.workspace(1, 432, m)[1] for m in (2048, 4096, 8192, 16384)] == [1, 4, 4, 0]
 
 
 @needs_compiler

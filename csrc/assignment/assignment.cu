@@ -46,6 +46,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_assignment(
   a.rows = static_cast<int>(costs.size(1));
   a.columns = static_cast<int>(costs.size(2));
   a.maximize = maximize;
+  a.cost_bytes = wide ? 8 : 4;
   a.cost = costs.const_data_ptr();
   a.vectors = a.columns % 4 == 0 && reinterpret_cast<uintptr_t>(a.cost) % 16 == 0;
   Tensor rows_used;

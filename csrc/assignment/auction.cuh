@@ -112,14 +112,16 @@ __device__ bool bid_columns(const Costs<T>& costs, const State& s, double epsilo
   return false;
 }
 
-// Unmatches the pairs whose reduced cost is more than `epsilon` above the least of their row.
+// Unmatches the pairs whose reduced cost is more than `epsilon` above the least of their row. Bids
+// of columns raise duals, so the lists are made again.
 template <class T>
-__device__ void drop_loose_pairs(const Costs<T>& costs, const State& s, double epsilon) {
+__device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, const State& s,
+                                 double epsilon) {
   for (int row = warp_id(); row < costs.n; row += warp_count()) {
     const int column = s.column_of[row];
-    if (column < 0) continue;
-    const double least = find_bid(costs, s, row).least;
-    if (lane_id() == 0) s.target[row] = (costs.at(row, column) - s.v[column]) - least > epsilon;
+    const double least = list_row(costs, lists, s.v, row);
+    if (lane_id() == 0 && column >= 0)
+      s.target[row] = (costs.at(row, column) - s.v[column]) - least > epsilon;
   }
   __syncthreads();
   for (int row = threadIdx.x; row < costs.n; row += blockDim.x) {
@@ -133,20 +135,20 @@ __device__ void drop_loose_pairs(const Costs<T>& costs, const State& s, double e
 
 // All bidding. Returns the number of rows left free, listed in s.list.
 template <class T>
-__device__ int bid_all(const Costs<T>& costs, const State& s, const Scalars& scalars,
-                       int* counters) {
-  int num_free = bid(costs, s, 0.0, kFirstRounds, kEnoughFree, counters);
+__device__ int bid_all(const Costs<T>& costs, const Lists<T>& lists, const State& s,
+                       const Scalars& scalars, int* counters) {
+  int num_free = bid(costs, lists, s, 0.0, kFirstRounds, kEnoughFree, counters);
   if (num_free > kAuctionLeast && num_free > costs.n / kAuctionShare &&
       counters[kRounds] == kFirstRounds) {
     double epsilon = -on_grid(-scalars.spread, scalars);
     for (int phase = 0; phase < kAuctionPhases && epsilon > 0.0; ++phase) {
-      num_free = bid(costs, s, epsilon, kAuctionRounds, 0, counters);
+      num_free = bid(costs, lists, s, epsilon, kAuctionRounds, 0, counters);
       const bool done = num_free == 0 && bid_columns(costs, s, epsilon, counters);
       epsilon = done && phase + 1 < kAuctionPhases ? -on_grid(-0.25 * epsilon, scalars) : 0.0;
-      drop_loose_pairs(costs, s, epsilon);
+      drop_loose_pairs(costs, lists, s, epsilon);
     }
   }
-  return bid(costs, s, 0.0, kMoreRounds, kEnoughFree, counters);
+  return bid(costs, lists, s, 0.0, kMoreRounds, kEnoughFree, counters);
 }
 
 // Grid (batch).
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kBidThreads, 1) bid_rows(Arguments a) {
   load_state(p, s);
   match_nearest(s, p.n, p.m);
   int counters[kCounters] = {};
-  const int num_free = bid_all(p.costs, s, p.scalars(), counters);
+  const int num_free = bid_all(p.costs, p.lists(), s, p.scalars(), counters);
   settle_rows(p.costs, s, num_free);
   store_state(p, s);
   if (threadIdx.x != 0) return;

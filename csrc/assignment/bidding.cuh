@@ -3,21 +3,15 @@
 // and only ever lowers v.
 #pragma once
 
-#include "warm_start.cuh"
+#include "nearest.cuh"
 
 namespace croc::gpu {
 
 constexpr int kNobody = 0x7fffffff;
 
-struct Bid {
-  double least, second;  // the two smallest reduced costs of the row
-  int column;            // of the least; an unmatched one if there is a choice
-};
-
 // One warp scans one row.
 template <class T>
 __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
-  constexpr unsigned kMatched = 1u << 31;
   const int turn = rotation(row, costs.m);
   const auto key_of = [&](int column) {
     return rotated(column, turn, costs.m) | (s.row_of[column] >= 0 ? kMatched : 0u);
@@ -49,11 +43,13 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
 // Bids for all free rows; returns whether any was made. Without an epsilon a bid that would not
 // lower the dual of a taken column is not made: it could go round for ever.
 template <class T>
-__device__ bool place_bids(const Costs<T>& costs, const State& s, int num_free, double epsilon) {
+__device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s,
+                           int num_free, double epsilon) {
   int made = 0;
   for (int k = warp_id(); k < num_free; k += warp_count()) {
     const int row = s.list[k];
-    const Bid bid = find_bid(costs, s, row);
+    const Bid bid = lists.bound != nullptr ? bid_from_list(costs, lists, s, row)
+                                           : find_bid(costs, s, row);
     if (lane_id() != 0) continue;
     const bool taken = bid.column >= 0 && s.row_of[bid.column] >= 0;
     // The only column a row may have: any price is right, so none is made up.
@@ -102,14 +98,14 @@ __device__ inline void award(const State& s, int num_free) {
 // Rounds until at most `enough` rows are free, no bid can be made, or the limit is reached. Returns
 // the free rows, listed in s.list.
 template <class T>
-__device__ int bid(const Costs<T>& costs, const State& s, double epsilon, int limit, int enough,
-                   int* counters) {
+__device__ int bid(const Costs<T>& costs, const Lists<T>& lists, const State& s, double epsilon,
+                   int limit, int enough, int* counters) {
   const auto free = [&](int row) { return s.column_of[row] < 0; };
   int num_free = block_collect(costs.n, s.list, costs.n, free);
   for (int round = 0; round < limit && num_free > enough; ++round) {
     ++counters[kRounds];
     counters[kBids] += num_free;
-    const bool made = place_bids(costs, s, num_free, epsilon);
+    const bool made = place_bids(costs, lists, s, num_free, epsilon);
     award(s, num_free);
     if (!made) break;
     num_free = block_collect(costs.n, s.list, costs.n, free);

@@ -7,7 +7,7 @@
 // v and a.
 #pragma once
 
-#include "reverse.cuh"
+#include "searches.cuh"
 
 namespace croc::gpu {
 

@@ -6,13 +6,7 @@
 
 namespace croc::gpu {
 
-// Fewer threads with more columns each: a step's fixed cost in instructions is a multiple of its
-// cost per column.
-constexpr int kPathThreads = 256;
-constexpr int kWorkspacePathThreads = 512;
-
-template <int kGroups>
-constexpr int kMostPathThreads = kGroups > 0 ? kPathThreads : kWorkspacePathThreads;
+constexpr int kPathThreads = 512;
 
 // Where the search keeps its distances. With kGroups > 0 every thread owns 4 * kGroups nodes, in
 // registers; with 0 they are in the workspace, whatever their number. Predecessors are always in
@@ -101,6 +95,48 @@ struct PathEnd {
   int steps;
 };
 
+// The matching along the path, once the duals of the tree have moved.
+__device__ inline void flip_path(const State& s, int source, PathEnd end) {
+  if (threadIdx.x == 0) {
+    s.u[source] += end.distance;
+    int column = end.column, row;
+    do {
+      row = s.path[column];
+      const int next = s.column_of[row];
+      s.row_of[column] = row;
+      s.column_of[row] = column;
+      column = next;
+    } while (row != source);
+  }
+  __syncthreads();
+}
+
+struct Release {
+  int column;   // ends with dual zero and without a row
+  double rise;  // of the first column's dual
+  int steps;
+};
+
+// The same for a column that is released.
+__device__ inline void flip_release(const State& s, int source, Release end) {
+  if (threadIdx.x == 0) {
+    s.v[source] += end.rise;
+    s.v[end.column] = 0.0;
+    if (end.column != source) {
+      int row = s.row_of[end.column], column;
+      s.row_of[end.column] = -1;
+      do {
+        column = s.path[row];
+        const int next = s.row_of[column];
+        s.row_of[column] = row;
+        s.column_of[row] = column;
+        row = next;
+      } while (column != source);
+    }
+  }
+  __syncthreads();
+}
+
 // Columns as near as the row just scanned, whose own row has the same costs, join the tree at once:
 // scanning that row would reach nothing new. Returns whether there were any among these four.
 template <int kGroups>
@@ -124,7 +160,6 @@ __device__ bool absorb_twins(const State& s, Reached<kGroups>& reached, int slot
 template <class T, int kGroups>
 __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<kGroups>& reached,
                                  int source) {
-  constexpr unsigned kMatched = 1u << 31;
   reached.clear(s, costs.m);
   for_own_fours<kGroups>(costs.m, [&](int slot, int first) {
 #pragma unroll
@@ -191,50 +226,53 @@ __device__ void augment(const Costs<T>& costs, const State& s, Reached<kGroups>&
     }
   });
   __syncthreads();
-  if (threadIdx.x == 0) {
-    s.u[source] += end.distance;
-    int column = end.column, row;
-    do {
-      row = s.path[column];
-      const int next = s.column_of[row];
-      s.row_of[column] = row;
-      s.column_of[row] = column;
-      column = next;
-    } while (row != source);
-  }
-  __syncthreads();
+  flip_path(s, source, end);
 }
 
-// Grid (batch): one shortest path per row that is still free.
+// Dijkstra over columns, from one that is unmatched with a negative dual, until no column closer to
+// zero can be found.
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kMostPathThreads<kGroups>, 1) match_rows(Arguments a) {
-  CROC_DYNAMIC_SHARED(shared);
-  const Problem<T> p(a);
-  if (p.failed() || p.n == 0) return;
-  State s;
-  s.carve_for_paths(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.twin[i] = p.work.twin[i];
-  load_state(p, s);
-  const int num_free = block_collect(p.n, s.list, p.n, [&](int i) { return s.column_of[i] < 0; });
-  Reached<kGroups> reached;
-  int steps = 0;
-  for (int k = 0; k < num_free; ++k) {
-    const int source = s.list[k];
-    const PathEnd end = shortest_path<T>(p.costs, s, reached, source);
-    steps += end.steps;
-    if (end.column < 0) {
-      if (threadIdx.x == 0) p.scalars().status = kInfeasible;
-      return;
-    }
-    augment(p.costs, s, reached, source, end);
+__device__ Release shortest_release(const Costs<T>& costs, const State& s,
+                                    Reached<kGroups>& reached, int source) {
+  reached.clear(s, costs.n);
+  Release best{source, -s.v[source], 0};
+  int column = source;
+  double distance = 0.0;
+  while (true) {
+    const double base = distance - s.v[column];
+    double least = infinity();
+    unsigned key = ~0u;
+    for_own_rows<kGroups>(costs.n, [&](int slot, int i) {
+      const double through = base + (costs.at(i, column) - s.u[i]);
+      reached.improve(s, slot, i, through, column);
+      const double now = reached.open(s, slot, i);
+      if (now < least) least = now, key = static_cast<unsigned>(i);
+    });
+    const Least next = block_least({ordered(least), key}, best.steps++);
+    const double reach = from_ordered(next.value);
+    if (next.key == ~0u || !(reach < best.rise)) return best;
+    distance = reach;
+    const int row = static_cast<int>(next.key);
+    for_own_rows<kGroups>(costs.n, [&](int slot, int i) {
+      if (i == row) reached.enter(s, slot, i);
+    });
+    column = s.column_of[row];
+    if (distance - s.v[column] < best.rise)
+      best.rise = distance - s.v[column], best.column = column;
   }
-  int raised = 0;
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) raised |= s.row_of[j] < 0 && s.v[j] < 0.0;
-  raised = __syncthreads_or(raised);
-  store_state(p, s);
-  if (threadIdx.x != 0) return;
-  p.scalars().raised = raised;
-  p.scalars().counters[kRowScans] = steps;
+}
+
+template <class T, int kGroups>
+__device__ void release(const Costs<T>& costs, const State& s, Reached<kGroups>& reached,
+                        int source, Release end) {
+  for_own_rows<kGroups>(costs.n, [&](int slot, int i) {
+    const double shift = end.rise - reached.get(s, slot, i);
+    if (!reached.in_tree(s, slot, i) || !(shift > 0.0)) return;
+    s.u[i] -= shift;
+    s.v[s.column_of[i]] += shift;
+  });
+  __syncthreads();
+  flip_release(s, source, end);
 }
 
 }  // namespace croc::gpu

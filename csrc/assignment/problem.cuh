@@ -43,6 +43,7 @@ struct Arguments {
   bool wide_num_rows;
   bool vectors;  // 16-byte loads along a row are aligned
   bool maximize;
+  int cost_bytes;  // of one cost: 4 or 8
   int batch, rows, columns;
   int64_t* index;       // (batch, rows)
   double* row_dual;     // (batch, rows)
@@ -59,6 +60,9 @@ struct Arguments {
 
 // Length of an array that is read four entries at a time.
 __host__ __device__ inline int padded(int m) { return (m + 3) / 4 * 4; }
+
+constexpr int kListed = 4;          // candidates per lane of the warp that reads a row
+constexpr int kListColumns = 1024;  // with fewer columns a list is no shorter than its row
 
 // Hands out consecutive arrays of a memory block, or, with a null base, only counts the bytes.
 struct Carver {
@@ -122,6 +126,14 @@ struct State {
   }
 };
 
+// Candidates of every row, see candidates.cuh.
+template <class T>
+struct Lists {
+  T* cost;      // (n, kWarp, kListed)
+  int* column;  // the same
+  float* bound;  // (n, kWarp)
+};
+
 struct Workspace {
   Scalars* scalars;
   double* v;           // (padded m) column duals, 0 beyond the last column
@@ -136,12 +148,17 @@ struct Workspace {
   int* column_of;      // (n); first the column of each row's least reduced cost
   unsigned* row_hash;  // (n)
   int* twin;           // (n) the first row with the same costs
+  void* list_cost;     // (n, kWarp, kListed) candidates, from kListColumns on
+  int* list_column;    // the same
+  float* list_bound;   // (n, kWarp)
   unsigned char* state;
 
-  __host__ __device__ int64_t carve(unsigned char* base, int n, int m, int64_t state_bytes) {
+  __host__ __device__ int64_t carve(unsigned char* base, const Arguments& a) {
+    const int64_t n = a.max_n(), m = a.max_m();
+    const int64_t candidates = m < kListColumns ? 0 : n * kWarp * kListed;
     Carver carver{base};
     scalars = carver.take<Scalars>(1);
-    v = carver.take<double>(padded(m));
+    v = carver.take<double>(padded(a.max_m()));
     u = carver.take<double>(n);
     potential = carver.take<double>(m);
     row_value = carver.take<double>(n);
@@ -152,7 +169,10 @@ struct Workspace {
     column_of = carver.take<int>(n);
     row_hash = carver.take<unsigned>(n);
     twin = carver.take<int>(n);
-    state = carver.take<unsigned char>(state_bytes);
+    list_cost = carver.take<unsigned char>(candidates * a.cost_bytes);
+    list_column = carver.take<int>(candidates);
+    list_bound = carver.take<float>(candidates / kListed);
+    state = carver.take<unsigned char>(a.state_bytes);
     return carver.used;
   }
 };
@@ -177,7 +197,8 @@ struct Costs {
   }
 
   // Columns first..first+3 of a row; +inf beyond the last one.
-  __device__ void four(int row, int first, double (&out)[4]) const {
+  template <class Value>
+  __device__ void four(int row, int first, Value (&out)[4]) const {
     const T* p = base + row * row_stride;
     if (vectors && first < m) {
       load_vector(p + first, out);
@@ -185,12 +206,14 @@ struct Costs {
     }
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      out[k] = first + k < m ? static_cast<double>(sign * __ldg(p + (first + k) * column_stride))
-                             : infinity();
+      out[k] = first + k < m
+                   ? static_cast<Value>(sign * __ldg(p + (first + k) * column_stride))
+                   : static_cast<Value>(infinity());
   }
 
  private:
-  __device__ void load_vector(const float* p, double (&out)[4]) const {
+  template <class Value>
+  __device__ void load_vector(const float* p, Value (&out)[4]) const {
     const float4 x = __ldg(reinterpret_cast<const float4*>(p));
     out[0] = sign * x.x, out[1] = sign * x.y, out[2] = sign * x.z, out[3] = sign * x.w;
   }
@@ -201,6 +224,7 @@ struct Costs {
   }
 };
 
+constexpr int kListExponent = 100;  // the lists' bounds are float32
 constexpr int kHugeExponent = 900;  // of float64 costs; 100 bits less leave room for every sum
 
 // The block's problem: blockIdx.x in every kernel.
@@ -227,7 +251,7 @@ struct Problem {
     m = swapped ? used_rows : a.columns;
     const T* base = static_cast<const T*>(a.cost) + b * a.rows * a.columns;
     const int64_t across = a.columns;
-    work.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.state_bytes);
+    work.carve(a.workspace + b * a.workspace_stride, a);
     unit = sizeof(T) == 8 && scaled && work.scalars->high_exponent > kHugeExponent ? 0x1p100 : 1.0;
     costs = {base,
              swapped ? 1 : across,
@@ -239,6 +263,14 @@ struct Problem {
   }
 
   __device__ Scalars& scalars() const { return *work.scalars; }
+  // Whether rows have lists. It depends on the problem alone, as every result must.
+  __device__ bool listed() const {
+    return m >= kListColumns && work.scalars->high_exponent < kListExponent;
+  }
+  __device__ Lists<T> lists() const {
+    return {static_cast<T*>(work.list_cost), work.list_column,
+            listed() ? work.list_bound : nullptr};
+  }
   __device__ bool failed() const { return work.scalars->status != kOk; }
 };
 

@@ -31,7 +31,7 @@ struct Plan {
   int64_t bid_shared;   // bytes of shared memory for bidding; 0: its state is in the workspace
   int64_t path_shared;  // and for the paths
   int path_threads;
-  int groups;  // of 4 columns per thread in registers: 2 or 8; 0: distances are in the workspace
+  int groups;  // of 4 columns per thread in registers: 1 or 4; 0: distances are in the workspace
 };
 
 inline Plan make_plan(int max_n, int max_m, int shared_limit) {
@@ -41,12 +41,12 @@ inline Plan make_plan(int max_n, int max_m, int shared_limit) {
   plan.bid_shared = s.carve_for_bidding(nullptr, max_n, max_m);
   if (plan.bid_shared > limit) plan.bid_shared = 0;
   plan.path_shared = s.carve_for_paths(nullptr, max_n, max_m, false);
-  plan.path_threads = threads_for(ceil_div(max_m, 8), kPathThreads);
-  if (plan.path_shared > limit || max_m > 32 * kPathThreads) {
+  plan.path_threads = threads_for(ceil_div(max_m, 4), kPathThreads);
+  if (plan.path_shared > limit || max_m > 16 * kPathThreads) {
     plan.path_shared = 0;
-    plan.path_threads = kWorkspacePathThreads;
+    plan.path_threads = kPathThreads;
   } else {
-    plan.groups = max_m <= 8 * plan.path_threads ? 2 : 8;
+    plan.groups = max_m <= 4 * plan.path_threads ? 1 : 4;
   }
   return plan;
 }
@@ -60,7 +60,7 @@ inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
       plan.groups > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), true);
   a.state_bytes = bidding > paths ? bidding : paths;
   Workspace w;
-  a.workspace_stride = w.carve(nullptr, a.max_n(), a.max_m(), a.state_bytes);
+  a.workspace_stride = w.carve(nullptr, a);
   return a.workspace_stride * a.batch;
 }
 
@@ -99,10 +99,10 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     const int bid_threads = threads_for(ceil_div(a.max_m(), 4), kBidThreads);
     launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>, problems, bid_threads,
            plan.bid_shared, a);
-    if (plan.groups == 2)
-      finish<T, 2>(launch, a, plan, stripes, stripe_threads);
-    else if (plan.groups == 8)
-      finish<T, 8>(launch, a, plan, stripes, stripe_threads);
+    if (plan.groups == 1)
+      finish<T, 1>(launch, a, plan, stripes, stripe_threads);
+    else if (plan.groups == 4)
+      finish<T, 4>(launch, a, plan, stripes, stripe_threads);
     else
       finish<T, 0>(launch, a, plan, stripes, stripe_threads);
     launch(measure_slack<T>, rows, kRowThreads, 0, a);

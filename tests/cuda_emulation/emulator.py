@@ -42,7 +42,12 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-_FLAGS = ["-std=c++17", "-Wno-unknown-pragmas", "-DCROC_EMULATION", f"-I{HERE}", f"-I{DEVICE_CODE}"]
+# Some distributions fortify by default; a fortified longjmp refuses to jump into another stack,
+# which is how fibers resume.
+_FLAGS = [
+    *("-std=c++17", "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE", "-DCROC_EMULATION"),
+    *(f"-I{HERE}", f"-I{DEVICE_CODE}"),
+]
 
 
 def _compile(*arguments: str | pathlib.Path) -> None:

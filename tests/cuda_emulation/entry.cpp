@@ -63,7 +63,7 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
   Arguments a{};
   a.cost = cost, a.num_rows = num_rows, a.wide_num_rows = wide_num_rows;
   a.vectors = columns % 4 == 0 && reinterpret_cast<uintptr_t>(cost) % 16 == 0;
-  a.maximize = maximize, a.batch = batch, a.rows = rows, a.columns = columns;
+  a.maximize = maximize, a.cost_bytes = is_double ? 8 : 4, a.batch = batch, a.rows = rows, a.columns = columns;
   a.index = index, a.row_dual = row_dual, a.column_dual = column_dual, a.gap = gap,
   a.status = status;
   const Plan plan = make_plan(a.max_n(), a.max_m(), static_cast<int>(shared_limit));
@@ -78,7 +78,7 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
     if (workspace[k] != kPoison) return "write beyond the workspace";
   for (int b = 0; b < batch && emulation::error() == nullptr; ++b) {
     Workspace w;
-    w.carve(a.workspace + b * a.workspace_stride, a.max_n(), a.max_m(), a.state_bytes);
+    w.carve(a.workspace + b * a.workspace_stride, a);
     std::copy_n(w.scalars->counters, static_cast<int>(kCounters), counters + b * kCounters);
   }
   return emulation::error();
@@ -89,7 +89,7 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
 extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t shared_limit,
                                    int* groups) {
   Arguments a{};
-  a.batch = batch, a.rows = rows, a.columns = columns;
+  a.batch = batch, a.rows = rows, a.columns = columns, a.cost_bytes = 4;
   const Plan plan = make_plan(a.max_n(), a.max_m(), static_cast<int>(shared_limit));
   *groups = plan.groups;
   return plan_workspace(a, plan);

@@ -1,0 +1,73 @@
+// Each row's nearest columns under the start, and rows that are equal.
+#pragma once
+
+#include "candidates.cuh"
+
+namespace croc::gpu {
+
+__device__ inline unsigned folded_bits(double x) {
+  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(x));
+  return static_cast<unsigned>(bits ^ bits >> 32);
+}
+
+// Grid (batch, rows / warps): u = min(c - v) and its column, and a hash of the row. Ties go to
+// columns that differ between rows, or equal rows would all ask for the same one. Lists the row.
+template <class T>
+__global__ void nearest_columns(Arguments a) {
+  const Problem<T> p(a);
+  const int row = row_of_warp();
+  if (row >= p.n || p.failed()) return;
+  const int turn = rotation(row, p.m);
+  double least = infinity();
+  unsigned key = ~0u, hash = 0;
+  const bool listed = p.listed();
+  Nearest nearest = Nearest::none();
+  for_row(p.costs, row, [&](int first, const double (&x)[4]) {
+    double v[4];
+    four(p.work.v, first, v);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      hash = 31 * hash + folded_bits(x[k]);
+      const double reduced = x[k] - v[k];
+      const unsigned mine = rotated(first + k, turn, p.m);
+      if (reduced < least || (reduced == least && mine < key)) least = reduced, key = mine;
+      if (listed) nearest.add(reduced, first + k);
+    }
+  });
+  if (listed) store_list(p.costs, p.lists(), row, nearest);
+  const Least found = warp_least({ordered(least), key});
+  hash = __reduce_add_sync(kAllLanes, hash * (2 * static_cast<unsigned>(lane_id()) + 1));
+  if (lane_id() != 0) return;
+  p.work.row_hash[row] = hash;
+  p.work.u[row] = from_ordered(found.value);
+  p.work.column_of[row] = unrotated(found.key, turn, p.m);
+  if (!is_finite(from_ordered(found.value)))
+    atomicMax(&p.scalars().status, static_cast<int>(kInfeasible));
+}
+
+// Grid (batch, rows / warps): twin = the first row with the same costs, the row itself if there is
+// none.
+template <class T>
+__global__ void find_twins(Arguments a) {
+  const Problem<T> p(a);
+  const int row = row_of_warp();
+  if (row >= p.n || p.failed()) return;
+  const unsigned hash = p.work.row_hash[row];
+  unsigned twin = static_cast<unsigned>(row);
+  for (int other = lane_id(); other < row; other += kWarp)
+    if (p.work.row_hash[other] == hash) twin = min(twin, static_cast<unsigned>(other));
+  twin = __reduce_min_sync(kAllLanes, twin);
+  if (twin != static_cast<unsigned>(row)) {  // equal hashes prove nothing
+    int differs = 0;
+    for_row(p.costs, row, [&](int first, const double (&x)[4]) {
+      double y[4];
+      p.costs.four(static_cast<int>(twin), first, y);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) differs |= x[k] != y[k];
+    });
+    if (__any_sync(kAllLanes, differs)) twin = static_cast<unsigned>(row);
+  }
+  if (lane_id() == 0) p.work.twin[row] = static_cast<int>(twin);
+}
+
+}  // namespace croc::gpu

@@ -1,0 +1,100 @@
+// The kernels that finish a problem exactly: shortest paths for the rows that are still free, then
+// the reverse pass. After the paths every row is matched, but a column that nobody took may still
+// have a negative dual: it was priced for a demand that did not come. Each such column is raised to
+// zero, or takes a row.
+#pragma once
+
+#include <type_traits>
+
+#include "quad_search.cuh"
+
+namespace croc::gpu {
+
+// How the searches keep their nodes: four per thread, more per thread, or in the workspace.
+template <int kGroups>
+using Search = std::conditional_t<kGroups == 1, Quad, Reached<kGroups>>;
+
+// Grid (batch): one shortest path per row that is still free.
+template <class T, int kGroups>
+__global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
+  CROC_DYNAMIC_SHARED(shared);
+  const Problem<T> p(a);
+  if (p.failed() || p.n == 0) return;
+  State s;
+  s.carve_for_paths(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.twin[i] = p.work.twin[i];
+  load_state(p, s);
+  const int num_free = block_collect(p.n, s.list, p.n, [&](int i) { return s.column_of[i] < 0; });
+  Search<kGroups> search;
+  int steps = 0;
+  for (int k = 0; k < num_free; ++k) {
+    const int source = s.list[k];
+    const PathEnd end = shortest_path<T>(p.costs, s, search, source);
+    steps += end.steps;
+    if (end.column < 0) {
+      if (threadIdx.x == 0) p.scalars().status = kInfeasible;
+      return;
+    }
+    augment(p.costs, s, search, source, end);
+  }
+  int raised = 0;
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) raised |= s.row_of[j] < 0 && s.v[j] < 0.0;
+  raised = __syncthreads_or(raised);
+  store_state(p, s);
+  if (threadIdx.x != 0) return;
+  p.scalars().raised = raised;
+  p.scalars().counters[kRowScans] = steps;
+}
+
+// Grid (batch, stripes): raise every unmatched column as far as the row duals let it, all at once.
+template <class T>
+__global__ void raise_columns(Arguments a) {
+  const Problem<T> p(a);
+  if (p.failed() || p.n == 0 || stripe_start() >= p.m || !p.scalars().raised) return;
+  const int column = stripe_start() + static_cast<int>(threadIdx.x);
+  const bool mine =
+      threadIdx.x < kStripe && column < p.m && p.work.row_of[column] < 0 && p.work.v[column] < 0.0;
+  if (!__syncthreads_or(mine)) return;
+  __shared__ double rooms[kStripeThreads / kWarp][kStripe];
+  double room[4] = {infinity(), infinity(), infinity(), infinity()};
+  for_stripe(p.costs, stripe_first(), [&](int row, const double (&x)[4]) {
+    const double u = p.work.u[row];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) room[k] = lesser(room[k], x[k] - u);
+  });
+#pragma unroll
+  for (int k = 0; k < 4; ++k) rooms[warp_id()][4 * lane_id() + k] = room[k];
+  __syncthreads();
+  if (!mine) return;
+  double least = infinity();
+  for (int w = 0; w < warp_count(); ++w) least = fmin(least, rooms[w][threadIdx.x]);
+  p.work.v[column] = fmin(0.0, fmax(p.work.v[column], least));
+}
+
+// Grid (batch).
+template <class T, int kGroups>
+__global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) {
+  CROC_DYNAMIC_SHARED(shared);
+  const Problem<T> p(a);
+  if (p.failed() || p.n == 0 || !p.scalars().raised) return;
+  State s;
+  s.carve_for_paths(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
+  load_state(p, s);
+  const int count =
+      block_collect(p.m, s.waiting, p.m, [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
+  int steps = 0;
+  Search<kGroups> search;
+  for (int k = 0; k < count; ++k) {
+    const int source = s.waiting[k];
+    const Release end = shortest_release<T>(p.costs, s, search, source);
+    steps += end.steps;
+    release(p.costs, s, search, source, end);
+  }
+  store_state(p, s);
+  if (threadIdx.x == 0) {
+    p.scalars().counters[kColumnScans] = steps;
+    p.scalars().counters[kReleased] = count;
+  }
+}
+
+}  // namespace croc::gpu
