@@ -47,13 +47,14 @@ def ours(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The device's clock for every row, and an order in which a budget cuts peers before our rows,
-    those that compile longest first, and attention, which takes longest, before the rest.
+    """The device's clock for every row, and an order in which a budget cuts least: ours first, with
+    attention, which takes longest, last of them; then attention's peers and the other peers; at the
+    end those that compile longest.
     """
 
     def late(item: pytest.Item) -> tuple[bool, bool, bool]:
-        name = item.callspec.params["peer"].name
-        return not ours(item), name in ("flex-flash", "fa4-mask-mod"), "attention" in item.path.name
+        name, attention = item.callspec.params["peer"].name, "attention" in item.path.name
+        return not ours(item), name in ("flex-flash", "fa4-mask-mod"), attention == ours(item)
 
     items.sort(key=late)
     device = torch.device(config.getoption("--device"))
