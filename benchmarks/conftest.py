@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,22 +14,19 @@ from _pytest.reports import TestReport
 
 from . import timing
 
-CEILING = pytest.StashKey[dict[str, float]]()
 START = pytest.StashKey[float]()
-OUTCOMES = pytest.StashKey[dict[str, list[dict[str, str]]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.addoption("--device", default=default, choices=("cuda", "cpu"))
     parser.addoption("--seconds", type=int, help="skip the rows that would start later")
-    parser.addoption("--outcomes", type=Path, help="JSON of what was skipped or failed, and why")
+    parser.addoption("--results", type=Path, help="JSON lines: ceiling, rows, what is absent, why")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cases(cuda, cpu): what a benchmark is run on")
     config.stash[START] = time.monotonic()
-    config.stash[OUTCOMES] = {"absent": [], "failed": []}
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -62,6 +60,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         item.add_marker(pytest.mark.benchmark(timer=timing.clock(device)))
 
 
+def note(config: pytest.Config, kind: str, value: dict[str, Any]) -> None:
+    """One line of the results, at once: what was measured survives a run that is stopped."""
+    path = config.getoption("--results")
+    if path is not None:
+        with path.open("a") as file:
+            file.write(json.dumps({kind: value}) + "\n")
+
+
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> torch.device:
     chosen = torch.device(request.config.getoption("--device"))
@@ -72,7 +78,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def ceiling(request: pytest.FixtureRequest, device: torch.device) -> timing.Ceiling:
     measured = timing.measure_ceiling(device)
-    request.config.stash[CEILING] = dataclasses.asdict(measured)
+    note(request.config, "ceiling", dataclasses.asdict(measured))
     return measured
 
 
@@ -86,26 +92,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, TestReport, TestReport]:
     """Note why a row has no time. A peer that breaks is absent; only our own rows fail a run."""
     report = yield
-    outcomes, peer = item.config.stash[OUTCOMES], item.callspec.params["peer"].name
+    peer = item.callspec.params["peer"].name
     row = {"row": item.nodeid.split("::")[-1]}
     if report.skipped:
-        outcomes["absent"].append(row | {"reason": report.longrepr[2].removeprefix("Skipped: ")})
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        note(item.config, "absent", row | {"reason": reason})
     elif report.failed:
         crash = getattr(report.longrepr, "reprcrash", None)
         message = (crash.message if crash else str(report.longrepr)).strip().splitlines()
         row["reason"] = f"{peer}: {message[0] if message else 'no message'}"
-        outcomes["failed" if ours(item) else "absent"].append(row)
+        note(item.config, "failed" if ours(item) else "absent", row)
         if not ours(item):
             report.outcome = "skipped"
             report.longrepr = (str(item.path), item.location[1] or 0, f"Skipped: {row['reason']}")
+    elif report.when == "call" and item.funcargs["benchmark"].extra_info:
+        note(item.config, "row", item.funcargs["benchmark"].extra_info)
     return report
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--outcomes")
-    if path is not None:
-        path.write_text(json.dumps(session.config.stash[OUTCOMES]))
-
-
-def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
-    output_json["ceiling"] = config.stash.get(CEILING, None)

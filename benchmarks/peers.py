@@ -117,10 +117,15 @@ def flex_block_mask(case: Attention, device: torch.device) -> object:
 
 def _flex(**options: object) -> Callable[[Attention, torch.device], Callable]:
     def prepare(case: Attention, device: torch.device) -> Callable:
+        from torch._functorch import config
         from torch.nn.attention.flex_attention import flex_attention
 
+        # Each case has a compilation of its own: past the limit of recompilations torch would run
+        # it unfused and say nothing. Donated buffers would not allow a backward twice.
+        torch._dynamo.reset()
+        config.donated_buffer = False
         block_mask = flex_block_mask(case, device)
-        compiled = torch.compile(flex_attention, dynamic=False)
+        compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
         gqa = case.heads != case.kv_heads
         return lambda q, k, v: compiled(
             q, k, v, block_mask=block_mask, enable_gqa=gqa, kernel_options=options or None

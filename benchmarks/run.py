@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,23 +82,35 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def run_rows(device: str, select: str, seconds: int | None, folder: Path) -> tuple[int, dict, dict]:
-    """Run pytest-benchmark; its exit status, its JSON, and what was absent or failed."""
-    measured, outcomes = folder / "rows.json", folder / "outcomes.json"
+def run_rows(device: str, select: str, seconds: int | None, path: Path) -> int:
+    """Run pytest-benchmark, which adds to ``path`` row by row; its exit status."""
     options = "-q --no-header -p no:cacheprovider -W ignore --benchmark-columns=median,iqr,rounds"
     command = [sys.executable, "-m", "pytest", str(HERE), *options.split()]
-    command += [f"--device={device}", f"--outcomes={outcomes}", f"--benchmark-json={measured}"]
+    command += [f"--device={device}", f"--results={path}"]
     if seconds is not None:
         command.append(f"--seconds={seconds}")
     if select:
         command += ["-k", select]
-    status = subprocess.run(command, cwd=HERE.parent, check=False).returncode
-    empty = {"absent": [], "failed": []}
-    return (
-        status,
-        json.loads(measured.read_text() or "{}") if measured.is_file() else {},
-        json.loads(outcomes.read_text()) if outcomes.is_file() else empty,
-    )
+    process = subprocess.Popen(command, cwd=HERE.parent)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        print("benchmarks.run: stopped; what was measured is stored", file=sys.stderr)
+        return 130
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Ceiling, rows, and what is absent or failed, from the lines that conftest.py wrote."""
+    result: dict[str, Any] = {"ceiling": None, "rows": [], "absent": [], "failed": []}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        ((kind, value),) = json.loads(line).items()
+        if kind == "ceiling":
+            result["ceiling"] = value
+        else:
+            result["rows" if kind == "row" else kind].append(value)
+    return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -122,24 +135,27 @@ def main() -> int:
         parser.error("pytest-benchmark must be installed: pip install pytest-benchmark")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     about = machine(device)
+    # Stopped from outside, as by `timeout`, counts as interrupted by hand.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
-        status, measured, outcomes = run_rows(device, args.select, args.seconds, Path(folder))
+        status = run_rows(device, args.select, args.seconds, Path(folder) / "results.jsonl")
+        measured = read_results(Path(folder) / "results.jsonl")
     about["gpu_after"] = gpu_state() if device == "cuda" else None
-    rows = [row["extra_info"] for row in measured.get("benchmarks", [])]
+    rows, failed = measured["rows"], measured["failed"]
     name = about["gpu"].get("name", "gpu") if about["gpu"] else "cpu"
     folder = (args.output or HERE / "results") / re.sub(r"[^a-z0-9]+", "-", name.lower())
     folder.mkdir(parents=True, exist_ok=True)
     date = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d-%H%M")
     path = folder / f"{date}-{(about['commit'] or 'unknown')[:10]}.json"
-    result = {"machine": about, "ceiling": measured.get("ceiling"), "rows": rows, **outcomes}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps({"machine": about, **measured}, indent=1) + "\n")
     print(table(rows))
-    for reason, count in collections.Counter(r["reason"] for r in outcomes["absent"]).items():
+    absent = collections.Counter(row["reason"] for row in measured["absent"])
+    for reason, count in absent.items():
         print(f"absent: {reason} ({count} rows)")
-    for row in outcomes["failed"]:
+    for row in failed:
         print(f"failed: {row['row']}: {row['reason']}")
-    print(f"{len(rows)} rows, {len(outcomes['failed'])} failed; written to {path}")
-    return 1 if outcomes["failed"] or status not in (0, 5) else 0
+    print(f"{len(rows)} rows, {len(failed)} failed; written to {path}")
+    return 1 if failed or status not in (0, 5) else 0
 
 
 if __name__ == "__main__":
