@@ -52,7 +52,7 @@ def test_every_kernel_has_a_case(package, arch):
     folder = importlib.import_module(f"croc_kernels.{package}").__path__[0]
     kernels = set()
     modules = ["forward", "backward", "kernel", "mask_kernel", "mask_columns", "loss_kernel"]
-    modules += ["hopper_backward", "hopper"] * (arch == 90)
+    modules += ["hopper_forward", "hopper_backward", "hopper"] * (arch == 90)
     for module in modules:
         if importlib.util.find_spec(f"croc_kernels.{package}.{module}") is None:
             continue

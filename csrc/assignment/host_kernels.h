@@ -5,7 +5,7 @@
 // A row is read in blocks of kBlock columns. Kernels that minimise leave the minima of every block
 // in `low` (one vector each), so that the column is looked up in one block afterwards instead of
 // being carried along with every comparison. Arrays indexed by columns are padded to whole blocks;
-// costs are not, so the last vector of a row is copied.
+// costs are not, so the last vector of a row is read in part.
 
 typedef double Doubles __attribute__((vector_size(8 * CROC_LANES)));
 typedef int64_t Mask __attribute__((vector_size(8 * CROC_LANES)));
@@ -29,6 +29,40 @@ CROC_INLINE void store(E* p, const V& x) {
 CROC_INLINE Doubles load_cost(const double* c) { return load<Doubles>(c); }
 CROC_INLINE Doubles load_cost(const float* c) {
   return __builtin_convertvector(load<Floats>(c), Doubles);
+}
+
+// The last `count` costs of a row, fewer than CROC_LANES, and `fill` behind them. A masked load where
+// there is one: what is copied in pieces and read back at once waits for the copy to arrive.
+CROC_INLINE Doubles load_tail(const float* c, int count, float fill) {
+#if CROC_LANES == 8
+  const __mmask8 some = static_cast<__mmask8>((1u << count) - 1);
+  const Floats x = (Floats)_mm256_mask_loadu_ps(_mm256_set1_ps(fill), some, c);
+  return __builtin_convertvector(x, Doubles);
+#elif CROC_LANES == 4
+  const __m128i some = _mm_cmpgt_epi32(_mm_set1_epi32(count), _mm_setr_epi32(0, 1, 2, 3));
+  const __m128 costs = _mm_maskload_ps(c, some);
+  const Floats x = (Floats)_mm_blendv_ps(_mm_set1_ps(fill), costs, _mm_castsi128_ps(some));
+  return __builtin_convertvector(x, Doubles);
+#else
+  Floats x = Floats{} + fill;
+  for (int k = 0; k < count; ++k) x[k] = c[k];
+  return __builtin_convertvector(x, Doubles);
+#endif
+}
+CROC_INLINE Doubles load_tail(const double* c, int count, double fill) {
+#if CROC_LANES == 8
+  const __mmask8 some = static_cast<__mmask8>((1u << count) - 1);
+  return (Doubles)_mm512_mask_loadu_pd(_mm512_set1_pd(fill), some, c);
+#elif CROC_LANES == 4
+  const __m256i lanes = _mm256_setr_epi64x(0, 1, 2, 3);
+  const __m256i some = _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), lanes);
+  const __m256d x = _mm256_maskload_pd(c, some);
+  return (Doubles)_mm256_blendv_pd(_mm256_set1_pd(fill), x, _mm256_castsi256_pd(some));
+#else
+  Doubles x = broadcast(fill);
+  for (int k = 0; k < count; ++k) x[k] = c[k];
+  return x;
+#endif
 }
 
 CROC_INLINE Doubles minimum(const Doubles& a, const Doubles& b) { return a < b ? a : b; }
@@ -64,11 +98,7 @@ CROC_INLINE void for_blocks(const T* c, int m, Visit visit, Finish finish) {
   }
   if (j == m) return;
   for (; j + CROC_LANES <= m; j += CROC_LANES) visit(j, load_cost(c + j));
-  if (j < m) {
-    T tail[CROC_LANES] = {};
-    std::memcpy(tail, c + j, sizeof(T) * (m - j));
-    visit(j, load_cost(tail));
-  }
+  if (j < m) visit(j, load_tail(c + j, m - j, 0));
   finish(block);
 }
 
@@ -181,13 +211,8 @@ RowSummary summarize(const T* c, int m, double instead, double* sum) {
   };
   int j = 0;
   for (; j + CROC_LANES <= m; j += CROC_LANES) visit(j, load_cost(c + j));
-  if (j < m) {
-    // The tail repeats its first cost: 0 could be the smallest or the largest.
-    T tail[CROC_LANES];
-    std::fill(tail, tail + CROC_LANES, c[j]);
-    std::memcpy(tail, c + j, sizeof(T) * (m - j));
-    visit(j, load_cost(tail));
-  }
+  // The tail repeats its first cost: 0 could be the smallest or the largest.
+  if (j < m) visit(j, load_tail(c + j, m - j, c[j]));
   return {smallest(low), -smallest(-high), any(invalid), any(forbidden)};
 }
 

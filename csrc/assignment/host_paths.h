@@ -35,8 +35,10 @@ void match_tight(Work<T>& w) {
 // are for augment(). True if the limit ended it.
 template <class T>
 bool bid(Work<T>& w, const HostTuning& tuning) {
-  std::vector<int> queue, left;
+  std::vector<int>& queue = w.queue;
+  std::vector<int>& left = w.left;
   queue.swap(w.free_rows);
+  left.clear();
   // Short paths are cheaper than many bids: the limit is smaller for few rows.
   const double per_row = std::min(tuning.bids_per_row, w.n / 8.0);
   const int64_t limit = w.counts.bids + static_cast<int64_t>(per_row * queue.size()) + 1;
@@ -169,7 +171,8 @@ void raise(Work<T>& w, int root) {
 // Makes v_j = 0 on every unmatched column: what is left to be optimal.
 template <class T>
 void reverse(Work<T>& w) {
-  std::vector<int> below;
+  std::vector<int>& below = w.queue;
+  below.clear();
   for (int j = 0; j < w.m; ++j)
     if (w.row_of[j] < 0 && w.v[j] < 0) below.push_back(j);
   if (below.empty()) return;

@@ -15,7 +15,8 @@ struct Work {
   std::vector<float> share;
   std::vector<int> from, row_of, column_of;
 
-  std::vector<int> free_rows, tree;  // tree: the columns that a search is done with
+  std::vector<int> free_rows, queue, left;  // the latter two: of the phase that runs
+  std::vector<int> tree;                    // the columns that a search is done with
   std::vector<double> reached;       // and how far they were
   std::vector<T> columns;  // columns of costs, copied in groups when the reverse pass asks for them
   std::vector<char> loaded;
