@@ -233,6 +233,11 @@ def _reconstruction_loss_fwd_fake(prediction, target, where, items, beta, mean):
     return tuple(prediction.new_empty((), dtype=dtype) for _ in range(2))
 
 
+def _reconstruction_loss_fwd_foreseen_fake(prediction, target, where, items, beta, mean, history):
+    scalars = tuple(prediction.new_empty((), dtype=history.dtype) for _ in range(3))
+    return (*scalars, prediction.new_empty(prediction.shape))
+
+
 # where and index: the shape of embeddings without its last dimension. Rows that the pool does not
 # have raise on CPU and become NaN on CUDA.
 replace_tokens_fwd = _define(
@@ -263,6 +268,23 @@ reconstruction_loss_bwd = _define(
     triton=".replacement.loss_kernel:reconstruction_loss_bwd",
     cpu=".replacement.cpu:reconstruction_loss_bwd",
     fake=lambda prediction, *_: prediction.new_empty(prediction.shape),
+)
+# The same for an upstream gradient that earlier calls let expect (history, see loss_kernel.py): the
+# forward returns it and the gradient for it, which the backward corrects if it was another.
+reconstruction_loss_fwd_foreseen = _define(
+    "reconstruction_loss_fwd_foreseen(Tensor prediction, Tensor target, Tensor? where, "
+    "Tensor? items, float beta, bool mean, Tensor history) -> (Tensor, Tensor, Tensor, Tensor)",
+    triton=".replacement.loss_kernel:reconstruction_loss_fwd_foreseen",
+    cpu=".replacement.cpu:reconstruction_loss_fwd_foreseen",
+    fake=_reconstruction_loss_fwd_foreseen_fake,
+)
+reconstruction_loss_bwd_foreseen = _define(
+    "reconstruction_loss_bwd_foreseen(Tensor(a!) gradient, Tensor prediction, Tensor target, "
+    "Tensor? where, Tensor divisor, Tensor grad_loss, Tensor expected, Tensor(b!) history, "
+    "float beta) -> ()",
+    triton=".replacement.loss_kernel:reconstruction_loss_bwd_foreseen",
+    cpu=".replacement.cpu:reconstruction_loss_bwd_foreseen",
+    fake=lambda *_: None,
 )
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from croc_kernels import reconstruction_loss, replace_tokens
-from croc_kernels.replacement import kernel, loss_kernel
+from croc_kernels import ops, reconstruction_loss, replace_tokens
+from croc_kernels.replacement import api, kernel, loss_kernel
 from croc_kernels.testing import assert_within_budget
 
 GPU = torch.cuda.is_available()
@@ -253,3 +253,89 @@ def test_reconstruction_loss_kernel_of_nothing(shape: tuple[int, ...]) -> None:
     loss, grad = loss_and_gradient(draw(*shape), draw(*shape), backend="triton")
     assert loss.item() == 0.0
     assert grad.shape == shape
+
+
+def gradients(leaf: Tensor, operands: tuple, scales: list[float]) -> list[Tensor]:
+    """One forward and backward per upstream gradient, in this order."""
+    found = []
+    for scale in scales:
+        loss = reconstruction_loss(leaf, *operands, backend="triton")
+        found.append(torch.autograd.grad(loss * scale, leaf)[0])
+    return found
+
+
+# Two equal ones let the third expect another: met, missed (AMP), met again, zeros, NaN, inf.
+_AGAIN = [1.0] * 3 + [65536.0] * 3 + [-0.3] * 3 + [0.0, -0.0] * 2 + [0.0] * 3
+_AGAIN += [float("nan")] * 3 + [float("inf")] * 3 + [1.7, 0.125] * 2
+
+
+@pytest.mark.parametrize("selected", [True, False], ids=["where", "all"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reconstruction_loss_kernel_gradient_does_not_depend_on_what_was_expected(
+    dtype: torch.dtype, selected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaf, target = draw(23, 40, dtype=dtype).requires_grad_(), draw(23, 40, dtype=dtype)
+    operands = target, (torch.rand(23) < 0.6).to(DEVICE) if selected else None
+    found = gradients(leaf, operands, _AGAIN)
+    monkeypatch.setattr(api, "_loss_history", lambda *_: None)
+    plain = gradients(leaf, operands, _AGAIN)
+    for scale, grad, expected in zip(_AGAIN, found, plain, strict=True):
+        assert torch.equal(grad.isnan(), expected.isnan()), scale
+        same = (grad == expected) & (grad.signbit() == expected.signbit())
+        assert (same | grad.isnan()).all(), scale
+
+
+def test_reconstruction_loss_kernel_writes_what_it_expects_in_the_forward() -> None:
+    leaf, target = draw(9, 24).requires_grad_(), draw(9, 24)
+    expected = gradients(leaf, (target,), [0.7] * 3)[0]
+    loss = reconstruction_loss(leaf, target, backend="triton")
+    assert torch.equal(loss.grad_fn.gradient, expected)
+    gradients(leaf, (target,), [0.2])
+    loss = reconstruction_loss(leaf, target, backend="triton")
+    assert loss.grad_fn.foresight[0].isnan()
+
+
+def test_reconstruction_loss_kernel_backward_twice_returns_two_tensors() -> None:
+    leaf, target = draw(9, 24).requires_grad_(), draw(9, 24)
+    expected = gradients(leaf, (target,), [1.0] * 3)[0]
+    loss = reconstruction_loss(leaf, target, backend="triton")
+    first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    first.zero_()
+    second = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    third = torch.autograd.grad(loss * 0.3, leaf)[0]
+    assert torch.equal(second, expected)
+    assert torch.equal(third, gradients(leaf, (target,), [0.3])[0])
+    assert (first == 0).all()
+
+
+def test_reconstruction_loss_kernel_foreseen_opcheck() -> None:
+    prediction, target = draw(6, 24), draw(6, 24)
+    one = torch.ones((), device=DEVICE)
+    history, divisor = one.expand(2).clone(), 6.0 * one
+    operands = prediction, target, None
+    torch.library.opcheck(
+        ops.reconstruction_loss_fwd_foreseen, (*operands, None, 0.01, True, history)
+    )
+    torch.library.opcheck(
+        ops.reconstruction_loss_bwd_foreseen,
+        (torch.zeros_like(prediction), *operands, divisor, one, 2.0 * one, history, 0.01),
+    )
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_reconstruction_loss_kernel_in_a_graph() -> None:
+    leaf, target = draw(70, 1040).requires_grad_(), draw(70, 1040)
+    where = (torch.rand(70) < 0.6).to(DEVICE)
+    scale = torch.ones((), device=DEVICE)
+    gradients(leaf, (target, where), [1.0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = reconstruction_loss(leaf, target, where)
+        grad = torch.autograd.grad(loss * scale, leaf)[0]
+    for value in (1.0, 1.0, 1.0, 0.3, 0.3, 0.3, 0.3):
+        scale.fill_(value)
+        grad.fill_(float("nan"))
+        graph.replay()
+        replayed, total = grad.clone(), loss.clone()
+        assert torch.equal(replayed, gradients(leaf, (target, where), [value])[0])
+        assert torch.equal(total, reconstruction_loss(leaf, target, where))

@@ -63,15 +63,22 @@ def _loss_cases(dtype: str, target: str, selected: bool) -> list[CompileCase]:
     sizes, label = ("rows", "length", "dim"), f"{dtype}-{target}" + "-selected" * selected
     forward = {"ACC": kernel.tl.float32, "BLOCK_R": loss_kernel.ROWS}
     forward |= {"BLOCK_C": column_block(DIM, loss_kernel.COLUMNS)}
+    forward |= {"BLOCK": loss_kernel.REDUCE_BLOCK}
     backward = {"BLOCK_R": loss_kernel.GRADIENT_ROWS, "BLOCK_C": column_block(DIM)}
-    gradient = {"divisor_ptr": "*fp32", "grad_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    scalars = dict.fromkeys(("divisor_ptr", "expected_ptr"), "*fp32")
+    result = types | scalars | {"partial_ptr": "*fp32", "loss_ptr": "*fp32"}
+    gradient = scalars | {"grad_ptr": "*fp32", "history_ptr": "*fp32", "out_ptr": f"*{dtype}"}
     return [
         _case(
             f"reconstruction_loss_fwd-{label}", loss_kernel._loss_kernel,
-            types | {"partial_ptr": "*fp32"}, sizes, constants | forward,
+            result, sizes, constants | forward | {"gradient_ptr": None},
         ),
         _case(
-            f"reconstruction_loss_bwd-{label}", loss_kernel._loss_gradient_kernel,
+            f"reconstruction_loss_fwd_foreseen-{label}", loss_kernel._loss_kernel,
+            result | {"gradient_ptr": f"*{dtype}"}, sizes, constants | forward,
+        ),
+        _case(
+            f"reconstruction_loss_bwd_foreseen-{label}", loss_kernel._loss_gradient_kernel,
             types | gradient, sizes, constants | backward,
         ),
     ]  # fmt: skip
@@ -82,8 +89,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases = [case for dtype in DTYPES for case in _replacement_cases(dtype)]
     cases += _loss_cases("bf16", "bf16", True) + _loss_cases("bf16", "fp32", True)
     cases += _loss_cases("fp16", "fp16", False) + _loss_cases("fp32", "fp32", False)
-    scalars = dict.fromkeys(("partial_ptr", "items_ptr", "loss_ptr", "divisor_ptr"), "*fp32")
-    constants = {"BLOCK": loss_kernel.REDUCE_BLOCK, "MEAN": True}
-    reduce = loss_kernel._loss_reduce_kernel
-    sizes = ("programs", "dim")
-    return [*cases, _case("reconstruction_loss_reduce", reduce, scalars, sizes, constants)]
+    names = ("items_ptr", "history_ptr", "divisor_ptr", "expected_ptr", "ticket_ptr")
+    scalars = dict.fromkeys(names, "*fp32") | {"where_ptr": "*i1"}
+    constants = {"BLOCK": loss_kernel.COUNT_BLOCK, "MEAN": True}
+    start = loss_kernel._loss_start_kernel
+    return [*cases, _case("reconstruction_loss_start", start, scalars, ("rows", "dim"), constants)]

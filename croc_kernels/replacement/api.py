@@ -42,12 +42,7 @@ class _ReplaceTokens(torch.autograd.Function):
 
 
 class _ReconstructionLoss(torch.autograd.Function):
-    """The forward and backward ops, joined.
-
-    The backward reads the operands again: a gradient that the forward stores would have to be read
-    and written once more to be scaled, which moves as much where all tokens count and more where
-    some do, and would be rounded twice.
-    """
+    """The forward and backward ops, joined."""
 
     @staticmethod
     def forward(ctx, prediction, target, where, items, beta, mean):
@@ -60,6 +55,50 @@ class _ReconstructionLoss(torch.autograd.Function):
     def backward(ctx, grad_loss):
         gradient = ops.reconstruction_loss_bwd(*ctx.saved_tensors, grad_loss, ctx.beta)
         return gradient, None, None, None, None, None
+
+
+class _ForeseenLoss(torch.autograd.Function):
+    """The same with a forward that writes the gradient for the upstream gradient it expects."""
+
+    @staticmethod
+    def forward(ctx, prediction, target, where, items, beta, mean, history):
+        loss, divisor, expected, ctx.gradient = ops.reconstruction_loss_fwd_foreseen(
+            prediction, target, where, items, beta, mean, history
+        )
+        ctx.save_for_backward(prediction, target, where, divisor)
+        ctx.beta, ctx.foresight = beta, (expected, history)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        operands = (*ctx.saved_tensors, grad_loss)
+        # Given away once: with retain_graph, the next backward must not write what this returned.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            gradient = ops.reconstruction_loss_bwd(*operands, ctx.beta)
+        else:
+            ops.reconstruction_loss_bwd_foreseen(gradient, *operands, *ctx.foresight, ctx.beta)
+        return gradient, None, None, None, None, None, None
+
+
+_HISTORIES: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def _loss_history(prediction: Tensor, target: Tensor) -> Tensor | None:
+    """The last upstream gradient on this device and the one to expect, or None to do without.
+
+    Traced code and tensor subclasses (fake ones among them) do without.
+    """
+    if torch.compiler.is_compiling() or type(prediction) not in (Tensor, torch.nn.Parameter):
+        return None
+    double = torch.float64 in (prediction.dtype, target.dtype)
+    key = prediction.device, torch.float64 if double else torch.float32
+    if key not in _HISTORIES:
+        # Memory of a CUDA graph ends with the graph.
+        if prediction.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        _HISTORIES[key] = torch.full((2,), torch.nan, device=key[0], dtype=key[1])
+    return _HISTORIES[key]
 
 
 def _check_where(function: str, where: object, like: Tensor, name: str) -> None:
@@ -181,6 +220,10 @@ def reconstruction_loss(
     Differentiable once in ``prediction``. The target is detached: it never gets a gradient, even if
     it requires one. Sums have a fixed order, so losses and gradients repeat bitwise.
 
+    On CUDA, outside of ``torch.compile``, a forward after two backwards with equal upstream
+    gradients expects a third and computes the gradient of ``prediction`` in its one pass over the
+    operands; it is computed in the backward if it turns out otherwise. Values do not depend on it.
+
     Args:
         prediction: (..., C), any float dtype, any strides.
         target: same shape and device as ``prediction``.
@@ -217,5 +260,8 @@ def reconstruction_loss(
         num_items = num_items.to(prediction.device, non_blocking=True)
     arguments = (prediction, target.detach(), where, num_items, float(beta), reduction == "mean")
     if prediction.requires_grad and torch.is_grad_enabled():
+        history = _loss_history(prediction, target) if choice == "triton" else None
+        if history is not None:
+            return _ForeseenLoss.apply(*arguments, history)
         return _ReconstructionLoss.apply(*arguments)
     return ops.reconstruction_loss_fwd(*arguments)[0]

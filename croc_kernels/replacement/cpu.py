@@ -120,3 +120,32 @@ def reconstruction_loss_bwd(
             slope = torch.sign(p - t) * scale
         out.view(-1, dim)[place] = slope.to(out.dtype)
     return out
+
+
+def reconstruction_loss_fwd_foreseen(
+    prediction: Tensor,
+    target: Tensor,
+    where: Tensor | None,
+    items: Tensor | None,
+    beta: float,
+    mean: bool,
+    history: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``croc_kernels::reconstruction_loss_fwd_foreseen`` for CPU tensors: expects nothing."""
+    loss, divisor = reconstruction_loss_fwd(prediction, target, where, items, beta, mean)
+    return loss, divisor, torch.full_like(loss, torch.nan), torch.zeros_like(prediction)
+
+
+def reconstruction_loss_bwd_foreseen(
+    gradient: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    where: Tensor | None,
+    divisor: Tensor,
+    grad_loss: Tensor,
+    expected: Tensor,
+    history: Tensor,
+    beta: float,
+) -> None:
+    """``croc_kernels::reconstruction_loss_bwd_foreseen`` for CPU tensors."""
+    gradient.copy_(reconstruction_loss_bwd(prediction, target, where, divisor, grad_loss, beta))

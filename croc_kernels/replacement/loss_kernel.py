@@ -1,5 +1,11 @@
 """Triton kernels of the reconstruction loss, and their launchers: one pass over the operands
-forward, one backward, every sum in one order.
+forward, one backward unless the forward has foreseen it, every sum in one order.
+
+A training step calls with the same upstream gradient again and again: the weight of the loss over
+the number of micro-batches, times the scale of AMP. ``history`` on the device holds the last one,
+and the one to expect, NaN unless the last two were equal. With an expected one the forward writes
+the gradient as well, and the backward compares and returns. Otherwise the backward computes it. The
+formula and its one rounding are the same, so what was expected changes the time and no bit.
 """
 
 import torch
@@ -11,109 +17,195 @@ from .layout import accumulator, as_rows, column_block, on_device, row_offset
 
 
 @triton.jit
-def _operands(prediction_ptr, target_ptr, where_ptr, row, rows, length, strides):
-    """Which rows count, and where their two operands begin."""
-    stride_pb, stride_pl, stride_tb, stride_tl = strides
+def _chosen(where_ptr, row, rows):
+    """Which rows count."""
     chosen = row < rows
     if where_ptr is not None:
         chosen = chosen & (tl.load(where_ptr + row, mask=chosen, other=0) != 0)
+    return chosen
+
+
+@triton.jit
+def _differences(
+    prediction_ptr, target_ptr, chosen, row, first, rows, length, dim, strides,
+    ACC: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Prediction minus target from component ``first`` on, what counts, and where it lies.
+
+    Rows that do not count are not read: both operands are 0 there, and so is the loss.
+    """
+    stride_pb, stride_pl, stride_tb, stride_tl = strides
+    col = (first + tl.arange(0, BLOCK_C))[None, :]
+    mask = chosen[:, None] & (col < dim)
     p_rows = prediction_ptr + row_offset(row, length, stride_pb, stride_pl)[:, None]
     t_rows = target_ptr + row_offset(row, length, stride_tb, stride_tl)[:, None]
-    return chosen, p_rows, t_rows
+    p = tl.load(p_rows + col, mask=mask, other=0.0).to(ACC)
+    d = p - tl.load(t_rows + col, mask=mask, other=0.0).to(ACC)
+    place = row.to(tl.int64)[:, None] * dim + col
+    return d, mask, place, (row < rows)[:, None] & (col < dim)
 
 
 @triton.jit
-def _loss_kernel(
-    prediction_ptr, target_ptr, where_ptr, partial_ptr,
-    rows, length, dim, strides,
-    BETA: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Loss sum and token count of every so many-th block of BLOCK_R rows; grid = (programs,)."""
-    program, step = tl.program_id(0), tl.num_programs(0) * BLOCK_R
-    acc = tl.zeros((BLOCK_R, BLOCK_C), ACC)
-    count = tl.zeros((BLOCK_R,), tl.int32)
-    for first in range(program * BLOCK_R, rows, step):
-        row = first + tl.arange(0, BLOCK_R)
-        chosen, p_rows, t_rows = _operands(
-            prediction_ptr, target_ptr, where_ptr, row, rows, length, strides
-        )
-        count += chosen.to(tl.int32)
-        for c in range(0, dim, BLOCK_C):
-            col = (c + tl.arange(0, BLOCK_C))[None, :]
-            # Rows that are not chosen are not read: both operands are 0 there, and so is the loss.
-            mask = chosen[:, None] & (col < dim)
-            p = tl.load(p_rows + col, mask=mask, other=0.0).to(ACC)
-            d = p - tl.load(t_rows + col, mask=mask, other=0.0).to(ACC)
-            size = tl.abs(d)
-            if BETA > 0:
-                acc += tl.where(size < BETA, d * d * (0.5 / BETA), size - 0.5 * BETA)
-            else:
-                acc += size
-    tl.store(partial_ptr + program, tl.sum(tl.sum(acc, axis=1), axis=0))
-    tl.store(partial_ptr + tl.num_programs(0) + program, tl.sum(count, axis=0).to(ACC))
-
-
-@triton.jit
-def _loss_reduce_kernel(
-    partial_ptr, items_ptr, loss_ptr, divisor_ptr, programs, dim,
-    MEAN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums of the programs' two partial results in float64, the mean and its divisor; grid = (1,).
-
-    No items count as one: the sum is 0 then.
-    """
-    total = tl.zeros((BLOCK,), tl.float64)
-    count = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, programs, BLOCK):
-        entry = start + tl.arange(0, BLOCK)
-        mask = entry < programs
-        total += tl.load(partial_ptr + entry, mask=mask, other=0.0)
-        count += tl.load(partial_ptr + programs + entry, mask=mask, other=0.0)
-    loss = tl.sum(total, axis=0)
-    divisor = tl.sum(count, axis=0) * 0.0 + 1.0
-    if MEAN:
-        items = tl.sum(count, axis=0)
-        if items_ptr is not None:
-            items = tl.load(items_ptr).to(tl.float64)
-        divisor = tl.where(items > 0, items, 1.0) * dim
-    tl.store(loss_ptr, (loss / divisor).to(loss_ptr.dtype.element_ty))
-    tl.store(divisor_ptr, divisor.to(divisor_ptr.dtype.element_ty))
-
-
-@triton.jit
-def _loss_gradient_kernel(
-    prediction_ptr, target_ptr, where_ptr, divisor_ptr, grad_ptr, out_ptr,
-    rows, length, dim, strides,
-    BETA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Gradient of BLOCK_R rows by BLOCK_C components, 0 in rows that don't count.
-
-    grid = (cdiv(rows, BLOCK_R), cdiv(C, BLOCK_C)).
-    """
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    col = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-    chosen, p_rows, t_rows = _operands(
-        prediction_ptr, target_ptr, where_ptr, row, rows, length, strides
-    )
-    scale = tl.load(grad_ptr) / tl.load(divisor_ptr)
-    mask = chosen[:, None] & (col < dim)
-    p = tl.load(p_rows + col, mask=mask, other=0.0).to(scale.dtype)
-    d = p - tl.load(t_rows + col, mask=mask, other=0.0).to(scale.dtype)
+def _gradient(d, mask, scale, BETA: tl.constexpr):
+    """Slope of the loss times ``scale``."""
     # The last branch keeps 0 and NaN.
     slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
     if BETA > 0:
         slope = tl.where(tl.abs(d) < BETA, d * (1.0 / BETA), slope)
     # An upstream gradient that is infinite must not reach rows that don't count.
-    gradient = tl.where(mask, slope * scale, 0.0).to(out_ptr.dtype.element_ty)
-    place = row.to(tl.int64)[:, None] * dim + col
-    tl.store(out_ptr + place, gradient, mask=(row < rows)[:, None] & (col < dim))
+    return tl.where(mask, slope * scale, 0.0)
 
 
-# Tile and number of programs of the forward kernel, rows per program of the backward kernel, and
-# partial sums read at a time.
-ROWS, COLUMNS, PROGRAMS = 8, 256, 2112
-GRADIENT_ROWS = 4
-REDUCE_BLOCK = 1024
+@triton.jit
+def _loss_start_kernel(
+    where_ptr, items_ptr, history_ptr, divisor_ptr, expected_ptr, ticket_ptr, rows, dim,
+    MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The divisor, the upstream gradient to expect, and no ticket drawn; grid = (1,).
+
+    No items count as one: the sum is 0 then.
+    """
+    tl.store(ticket_ptr, 0.0)
+    if history_ptr is not None:
+        # One copy for all programs: a backward of another stream may be writing the history.
+        tl.store(expected_ptr, tl.load(history_ptr + 1))
+    divisor = rows.to(tl.float64) * 0.0 + 1.0
+    if MEAN:
+        items = rows.to(tl.float64)
+        if items_ptr is not None:
+            items = tl.load(items_ptr).to(tl.float64)
+        elif where_ptr is not None:
+            count = tl.zeros((BLOCK,), tl.int32)
+            for start in range(0, rows, BLOCK):
+                row = start + tl.arange(0, BLOCK)
+                count += (tl.load(where_ptr + row, mask=row < rows, other=0) != 0).to(tl.int32)
+            items = tl.sum(count, axis=0).to(tl.float64)
+        divisor = tl.where(items > 0, items, 1.0) * dim
+    tl.store(divisor_ptr, divisor.to(divisor_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _loss_kernel(
+    prediction_ptr, target_ptr, where_ptr, partial_ptr, divisor_ptr, loss_ptr, expected_ptr,
+    gradient_ptr, rows, length, dim, strides,
+    BETA: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss and, where its scale is expected, gradient of every so many-th block of rows.
+
+    grid = (programs,). The program that ends last adds up the partial sums, in float64 and in
+    their order.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    divisor = tl.load(divisor_ptr)
+    if gradient_ptr is not None:
+        expected = tl.load(expected_ptr)
+        scale = expected / divisor
+    acc = tl.zeros((BLOCK_C,), ACC)
+    for first in range(program * BLOCK_R, rows, programs * BLOCK_R):
+        row = first + tl.arange(0, BLOCK_R)
+        chosen = _chosen(where_ptr, row, rows)
+        for c in range(0, dim, BLOCK_C):
+            d, mask, place, inside = _differences(
+                prediction_ptr, target_ptr, chosen, row, c, rows, length, dim, strides,
+                ACC, BLOCK_C,
+            )  # fmt: skip
+            size = tl.abs(d)
+            if BETA > 0:
+                size = tl.where(size < BETA, d * d * (0.5 / BETA), size - 0.5 * BETA)
+            acc += tl.sum(size, axis=0)
+            if gradient_ptr is not None:
+                if expected == expected:
+                    gradient = _gradient(d, mask, scale, BETA).to(gradient_ptr.dtype.element_ty)
+                    tl.store(gradient_ptr + place, gradient, mask=inside)
+    tl.store(partial_ptr + program, tl.sum(acc, axis=0))
+    # All of this program's writes come before its ticket, all tickets before the last one's reads.
+    tl.debug_barrier()
+    ticket = tl.atomic_add(partial_ptr + programs, 1.0)
+    if ticket == programs - 1:
+        total = tl.zeros((BLOCK,), tl.float64)
+        for start in range(0, programs, BLOCK):
+            entry = start + tl.arange(0, BLOCK)
+            total += tl.load(
+                partial_ptr + entry, mask=entry < programs, other=0.0, cache_modifier=".cg"
+            )
+        loss = tl.sum(total, axis=0) / divisor
+        tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _loss_gradient_kernel(
+    prediction_ptr, target_ptr, where_ptr, divisor_ptr, grad_ptr, out_ptr, expected_ptr,
+    history_ptr, rows, length, dim, strides,
+    BETA: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Gradient of every so many-th tile, 0 in rows that don't count; grid = (programs,).
+
+    With ``expected``, nothing is left to do if the forward wrote the gradient for this scale.
+    """
+    program = tl.program_id(0)
+    tiles = tl.cdiv(rows, BLOCK_R) * tl.cdiv(dim, BLOCK_C)
+    divisor, grad = tl.load(divisor_ptr), tl.load(grad_ptr)
+    scale = grad / divisor
+    if expected_ptr is not None:
+        # Zeros may differ in their sign.
+        if (grad == tl.load(expected_ptr)) & (grad != 0):
+            tiles = 0
+        if program == 0:
+            again = tl.load(history_ptr) == grad
+            tl.store(history_ptr + 1, tl.where(again, grad, float("nan")))
+            tl.store(history_ptr, grad)
+    columns = tl.cdiv(dim, BLOCK_C)
+    for tile in range(program, tiles, tl.num_programs(0)):
+        row = tile // columns * BLOCK_R + tl.arange(0, BLOCK_R)
+        d, mask, place, inside = _differences(
+            prediction_ptr, target_ptr, _chosen(where_ptr, row, rows), row,
+            tile % columns * BLOCK_C, rows, length, dim, strides, scale.dtype, BLOCK_C,
+        )  # fmt: skip
+        gradient = _gradient(d, mask, scale, BETA).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + place, gradient, mask=inside)
+
+
+# Tile and number of programs of the forward kernel, tile of the backward kernel and its programs
+# where most calls have nothing to do. H200, docs/matching.md.
+ROWS, COLUMNS, PROGRAMS = 2, 1024, 1584
+GRADIENT_ROWS, CHECK_PROGRAMS = 4, 2112
+# Partial sums and selections read at a time.
+REDUCE_BLOCK, COUNT_BLOCK, COUNT_WARPS = 1024, 8192, 16
+
+
+def _forward(
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    beta: float,
+    mean: bool,
+    history: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launch ``_loss_start_kernel`` and ``_loss_kernel``; without history no gradient is stored."""
+    prediction, target, where, items = operands
+    acc = accumulator(prediction.dtype, target.dtype)
+    dtype = torch.float64 if acc == tl.float64 else torch.float32
+    rows, dim = prediction.shape[:-1].numel(), prediction.shape[-1]
+    gradient = prediction.new_empty((0,) if history is None else prediction.shape)
+    if rows * dim == 0:
+        zero, one = prediction.new_zeros((), dtype=dtype), prediction.new_ones((), dtype=dtype)
+        return zero, one, torch.full_like(zero, torch.nan), gradient
+    loss, divisor, expected = (prediction.new_empty((), dtype=dtype) for _ in range(3))
+    block = column_block(dim, COLUMNS)
+    programs = min(triton.cdiv(rows, ROWS), PROGRAMS)
+    partial = prediction.new_empty((programs + 1,), dtype=dtype)
+    p, t = as_rows(prediction), as_rows(target)
+    where = None if where is None else where.contiguous()
+    with on_device(p):
+        _loss_start_kernel[(1,)](
+            where, items, history, divisor, expected, partial[programs:], rows, dim,
+            MEAN=mean, BLOCK=COUNT_BLOCK, num_warps=COUNT_WARPS,
+        )  # fmt: skip
+        _loss_kernel[(programs,)](
+            p, t, where, partial, divisor, loss, expected, None if history is None else gradient,
+            rows, p.shape[1], dim, (*p.stride()[:2], *t.stride()[:2]),
+            BETA=beta, ACC=acc, BLOCK_R=ROWS, BLOCK_C=block, BLOCK=REDUCE_BLOCK,
+        )  # fmt: skip
+    return loss, divisor, expected, gradient
 
 
 def reconstruction_loss_fwd(
@@ -124,26 +216,45 @@ def reconstruction_loss_fwd(
     beta: float,
     mean: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch ``_loss_kernel`` and ``_loss_reduce_kernel``."""
-    acc = accumulator(prediction.dtype, target.dtype)
-    dtype = torch.float64 if acc == tl.float64 else torch.float32
-    rows, dim = prediction.shape[:-1].numel(), prediction.shape[-1]
-    if rows * dim == 0:
-        return prediction.new_zeros((), dtype=dtype), prediction.new_ones((), dtype=dtype)
-    loss, divisor = (prediction.new_empty((), dtype=dtype) for _ in range(2))
-    programs = min(triton.cdiv(rows, ROWS), PROGRAMS)
-    partial = prediction.new_empty((2 * programs,), dtype=dtype)
+    """The loss and its divisor."""
+    return _forward((prediction, target, where, items), beta, mean, None)[:2]
+
+
+def reconstruction_loss_fwd_foreseen(
+    prediction: Tensor,
+    target: Tensor,
+    where: Tensor | None,
+    items: Tensor | None,
+    beta: float,
+    mean: bool,
+    history: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, its divisor, the upstream gradient expected and the gradient for it."""
+    return _forward((prediction, target, where, items), beta, mean, history)
+
+
+def _backward(
+    out: Tensor,
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+    beta: float,
+    expected: Tensor | None = None,
+    history: Tensor | None = None,
+) -> None:
+    """Launch ``_loss_gradient_kernel``."""
+    prediction, target, where, divisor, grad_loss = operands
+    if out.numel() == 0:
+        return
     p, t = as_rows(prediction), as_rows(target)
+    rows, dim, block = p.shape[0] * p.shape[1], p.shape[2], column_block(p.shape[2])
+    where = None if where is None else where.contiguous()
+    programs = triton.cdiv(rows, GRADIENT_ROWS) * triton.cdiv(dim, block)
+    programs = programs if expected is None else min(programs, CHECK_PROGRAMS)
     with on_device(p):
-        _loss_kernel[(programs,)](
-            p, t, None if where is None else where.contiguous(), partial,
+        _loss_gradient_kernel[(programs,)](
+            p, t, where, divisor, grad_loss, out, expected, history,
             rows, p.shape[1], dim, (*p.stride()[:2], *t.stride()[:2]),
-            BETA=beta, ACC=acc, BLOCK_R=ROWS, BLOCK_C=column_block(dim, COLUMNS),
+            BETA=beta, BLOCK_R=GRADIENT_ROWS, BLOCK_C=block,
         )  # fmt: skip
-        _loss_reduce_kernel[(1,)](
-            partial, items, loss, divisor, programs, dim, MEAN=mean, BLOCK=REDUCE_BLOCK
-        )
-    return loss, divisor
 
 
 def reconstruction_loss_bwd(
@@ -154,17 +265,22 @@ def reconstruction_loss_bwd(
     grad_loss: Tensor,
     beta: float,
 ) -> Tensor:
-    """Launch ``_loss_gradient_kernel``."""
+    """The gradient of the prediction."""
     out = prediction.new_empty(prediction.shape)
-    if out.numel() == 0:
-        return out
-    p, t = as_rows(prediction), as_rows(target)
-    rows, dim, block = p.shape[0] * p.shape[1], p.shape[2], column_block(p.shape[2])
-    where = None if where is None else where.contiguous()
-    with on_device(p):
-        _loss_gradient_kernel[(triton.cdiv(rows, GRADIENT_ROWS), triton.cdiv(dim, block))](
-            p, t, where, divisor, grad_loss, out,
-            rows, p.shape[1], dim, (*p.stride()[:2], *t.stride()[:2]),
-            BETA=beta, BLOCK_R=GRADIENT_ROWS, BLOCK_C=block,
-        )  # fmt: skip
+    _backward(out, (prediction, target, where, divisor, grad_loss), beta)
     return out
+
+
+def reconstruction_loss_bwd_foreseen(
+    gradient: Tensor,
+    prediction: Tensor,
+    target: Tensor,
+    where: Tensor | None,
+    divisor: Tensor,
+    grad_loss: Tensor,
+    expected: Tensor,
+    history: Tensor,
+    beta: float,
+) -> None:
+    """Make ``gradient``, written for ``expected``, the one for ``grad_loss``."""
+    _backward(gradient, (prediction, target, where, divisor, grad_loss), beta, expected, history)
