@@ -63,16 +63,21 @@ class HopperForwardConfig:
     block_n: int
     stages: int
     section: int
-    block_m: int = 128
-    consumer_registers: int = 232
-    producer_registers: int = 40
+    groups: int
+
+    @property
+    def block_m(self) -> int:
+        """Rows of a tile: 64 for each warp group."""
+        return 64 * self.groups
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
+        # 65536 registers for 128 threads per warp group and as many beside the loading warp.
+        consumer, producer = {2: (232, 40), 3: (160, 32)}[self.groups]
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
-            "SECTION": self.section, "CONSUMER_REGISTERS": self.consumer_registers,
-            "PRODUCER_REGISTERS": self.producer_registers,
+            "SECTION": self.section, "GROUPS": self.groups, "CONSUMER_REGISTERS": consumer,
+            "PRODUCER_REGISTERS": producer,
         }  # fmt: skip
 
 
@@ -169,10 +174,13 @@ def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Backw
     return BackwardConfig(*_row(_BACKWARD[family(arch)], dim))
 
 
-# (block_n, stages, section) per head dimension: of short rows, and from HOPPER_LONG rows on. H200,
-# D = 128: at 1k 389 TFLOP/s with (64, 4, 4) and 272 with (128, 2, 4), at 2k 468 and 519.
-HOPPER_FORWARD = {64: ((64, 4, 4), (128, 3, 1)), 128: ((64, 4, 4), (128, 2, 1))}
-HOPPER_LONG = 1536
+# (block_n, stages, section, groups) per head dimension: of short rows, and from each of HOPPER_LONG
+# rows on. Measured on an H200, docs/attention.md, but for D = 64 below 3072 rows.
+HOPPER_FORWARD = {
+    64: ((64, 4, 4, 2), (128, 3, 12, 2), (128, 3, 4, 3)),
+    128: ((64, 4, 4, 2), (128, 2, 12, 2), (128, 2, 1, 2)),
+}
+HOPPER_LONG = (1536, 3072)
 # Fewer rows than a tile has, as with a cache: the plain kernel has smaller ones.
 HOPPER_SHORTEST = 128
 
@@ -187,7 +195,7 @@ def pick_hopper_forward(
     fits = plain_scores and aligned and length >= HOPPER_SHORTEST
     if arch != 90 or dtype == torch.float32 or not (fits and tiles):
         return None
-    return HopperForwardConfig(*tiles[length >= HOPPER_LONG])
+    return HopperForwardConfig(*tiles[sum(length >= longer for longer in HOPPER_LONG)])
 
 
 # (block_m, block_n, stages) per head dimension. Measured on an H200 for D = 64 (424 TFLOP/s at 8k;

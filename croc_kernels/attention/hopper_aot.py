@@ -30,7 +30,10 @@ def forward_case(
     """The warp-specialised forward kernel as launched for so many rows."""
     picked = config.pick_hopper_forward(90, dim, dtype, length, plain_scores=True, aligned=True)
     fn, name = hopper_forward._mixed_attention_fwd_hopper_kernel, _NAMES[dtype]
-    row, key = _descriptor(name, picked.block_m // 2, dim), _descriptor(name, picked.block_n, dim)
+    row, key = (
+        _descriptor(name, picked.block_m // picked.groups, dim),
+        _descriptor(name, picked.block_n, dim),
+    )
     constants = {"HEADS": 32, "GROUP": group, "D": dim} | picked.constants()
     signature = {
         "q_desc": row, "k_desc": key, "v_desc": key, "o_desc": row, "lse_ptr": "*fp32",
@@ -111,7 +114,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases = [backward_case(dim, bf16, ordered=o) for dim in dims for o in (False, True)]
     cases += [backward_case(128, torch.float16), backward_case(128, bf16, group=4)]
     cases += [case(dim, bf16) for dim in dims for case in (prepare_case, finish_case)]
-    forward = [(d, n) for d in config.HOPPER_FORWARD for n in (config.HOPPER_LONG, 1024)]
+    forward = [(d, n) for d in config.HOPPER_FORWARD for n in (1024, *config.HOPPER_LONG)]
     cases += [forward_case(dim, bf16, length=n) for dim, n in forward]
     cases += [forward_case(128, torch.float16), forward_case(128, bf16, group=4)]
     return cases

@@ -1,4 +1,4 @@
-"""Forward of mixed attention for sm_90: TMA loads by one warp, two warp groups with a tile each.
+"""Forward of mixed attention for sm_90: one warp loads by TMA, two or three warp groups multiply.
 
 A persistent grid: every program takes tiles of rows, the longest of a head first, and its loads run
 ahead from one tile into the next. Products of the next keys are issued before the softmax of these,
@@ -69,13 +69,14 @@ def _keep_rows(tile, n, low, high, D: gl.constexpr, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, start_ptr, end_ptr, num_queries, items, tiles_smem, bars,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr,
+    operands, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """Bring every turn's tile of Q, then its keys and values tile by tile."""
+    q_desc, k_desc, v_desc, bounds, tiles_smem, bars = operands
     q_smem, k_smem, v_smem, _o_smem = tiles_smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
+    start_ptr, end_ptr, num_queries, items = bounds
     it = 0
     raw = 0
     for turn in range(_turns(items)):
@@ -84,9 +85,11 @@ def _produce(
         )
         batch, head = plane // HEADS, plane % HEADS
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, q_desc.block_type.nbytes * 2)
-        tma_load(q_desc, [batch, head, row, 0], q_full, q_smem.index(0))
-        tma_load(q_desc, [batch, head, row + BLOCK_M // 2, 0], q_full, q_smem.index(1))
+        mbarrier.expect(q_full, q_desc.block_type.nbytes * GROUPS)
+        for i in gl.static_range(GROUPS):
+            tma_load(
+                q_desc, [batch, head, row + i * (BLOCK_M // GROUPS), 0], q_full, q_smem.index(i)
+            )
         for n in range(first, past, BLOCK_N):
             slot = it % STAGES
             phase = (it // STAGES) & 1
@@ -117,39 +120,47 @@ def _masked(scores, position, row_low, row_high):
 
 
 @gluon.jit
+def _lane_sums(weights):
+    """(ROWS, 8) sums over the columns that one thread holds: no shuffles until the last tile."""
+    rows: gl.constexpr = weights.shape[0]
+    return gl.sum(weights.reshape([rows, weights.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
 def _consume(
-    o_desc, lse_ptr, start_ptr, end_ptr, outer, num_queries, items, tiles_smem, bars,
-    HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, SECTION: gl.constexpr, PART: gl.constexpr,
+    operands, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """One half of the rows of every turn."""
+    """One warp group's share of the rows of every turn."""
+    o_desc, lse_ptr, outer, bounds, tiles_smem, bars = operands
     q_smem, k_smem, v_smem, o_smem = tiles_smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _v_raw = bars
-    HALF: gl.constexpr = BLOCK_M // 2
+    start_ptr, end_ptr, num_queries, items = bounds
+    ROWS: gl.constexpr = BLOCK_M // GROUPS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = o_desc.dtype
-    q = q_smem.index(PART).reshape([HALF, D])
+    q = q_smem.index(PART).reshape([ROWS, D])
     o_tile = o_smem.index(PART)
     cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-    zeros = gl.zeros([HALF, BLOCK_N], gl.float32, s_layout)
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     it = 0
     for turn in range(_turns(items)):
         plane, row, _low, _high, first, past = _item(
             turn, items, start_ptr, end_ptr, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
         )
-        row += PART * HALF
-        rows = row + gl.arange(0, HALF, s_rows)
+        row += PART * ROWS
+        rows = row + gl.arange(0, ROWS, s_rows)
         inside = rows < num_queries
-        bounds = (plane // HEADS).to(gl.int64) * num_queries
-        row_low = gl.load(start_ptr + bounds + rows, mask=inside, other=0)
-        row_high = gl.load(end_ptr + bounds + rows, mask=inside, other=0)
+        sample = (plane // HEADS).to(gl.int64) * num_queries
+        row_low = gl.load(start_ptr + sample + rows, mask=inside, other=0)
+        row_high = gl.load(end_ptr + sample + rows, mask=inside, other=0)
         # What all of these rows see; rows past the end are clamped and never stored.
-        full_low = gl.load(start_ptr + bounds + gl.minimum(row + HALF, num_queries) - 1)
-        full_high = gl.load(end_ptr + bounds + gl.minimum(row, num_queries - 1))
+        full_low = gl.load(start_ptr + sample + gl.minimum(row + ROWS, num_queries) - 1)
+        full_high = gl.load(end_ptr + sample + gl.minimum(row, num_queries - 1))
 
         mbarrier.wait(q_full, turn & 1)
         slot = it % STAGES
@@ -163,9 +174,9 @@ def _consume(
         # A row that has seen nothing yet has no maximum: shift by 0, not by -inf.
         shift = gl.where(top == float("-inf"), 0.0, top)
         weights = gl.exp2(scores * outer - shift[:, None])
-        total = gl.sum(weights, 1)
+        total = _lane_sums(weights)
         p = gl.convert_layout(weights.to(dtype), p_layout)
-        acc = gl.zeros([HALF, D], gl.float32, o_layout)
+        acc = gl.zeros([ROWS, D], gl.float32, o_layout)
         after = it + 1
         more = first + BLOCK_N < past
         mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=more)
@@ -187,7 +198,9 @@ def _consume(
             shift = gl.where(new_top == float("-inf"), 0.0, new_top)
             weights = gl.exp2(scores * outer - shift[:, None])
             decay = gl.exp2(top - shift)
-            total = total * decay + gl.sum(weights, 1)
+            sums = _lane_sums(weights)
+            lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))
+            total = total * lane_decay[:, None] + sums
             top = new_top
             after = it + 1
             more = n + BLOCK_N < past
@@ -200,6 +213,7 @@ def _consume(
         slot = it % STAGES
         mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
         acc = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, D]), acc, is_async=True)
+        total = gl.convert_layout(gl.sum(total, 1), s_rows)
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
         place = plane.to(gl.int64) * num_queries + rows
         gl.store(lse_ptr + place, top + gl.log2(total), mask=inside)
@@ -208,7 +222,7 @@ def _consume(
         it += 1
         acc = acc * gl.convert_layout(share, o_rows)[:, None]
         tma.store_wait(0)
-        o_tile.reshape([HALF, D]).store(acc.to(dtype))
+        o_tile.reshape([ROWS, D]).store(acc.to(dtype))
         fence_async_shared()
         tma_store(o_desc, [plane // HEADS, plane % HEADS, row, 0], o_tile)
     tma.store_wait(0)
@@ -218,16 +232,16 @@ def _consume(
 def _mixed_attention_fwd_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, start_ptr, end_ptr, outer, num_queries, items,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, D) tiles of the output, ``items`` in all; grid = (multiprocessors,)."""
-    half: gl.constexpr = BLOCK_M // 2
+    rows: gl.constexpr = BLOCK_M // GROUPS
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, half, D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, rows, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
-    o_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, half, D], o_desc.layout)
+    o_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, rows, D], o_desc.layout)
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], layout)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], layout)
@@ -237,35 +251,42 @@ def _mixed_attention_fwd_hopper_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
+    mbarrier.init(q_empty, count=GROUPS)
     mbarrier.init(v_raw, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(k_empty.index(i), count=GROUPS)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=GROUPS)
     # The barriers must be seen by the copy engine before the first copy.
     fence_async_shared()
     tiles_smem = (q_smem, k_smem, v_smem, o_smem)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
-    gl.warp_specialize(
-        [
-            (_consume, (
-                o_desc, lse_ptr, start_ptr, end_ptr, outer, num_queries, items, tiles_smem, bars,
-                HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, 0,
-            )),
-            (_consume, (
-                o_desc, lse_ptr, start_ptr, end_ptr, outer, num_queries, items, tiles_smem, bars,
-                HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, 1,
-            )),
-            (_produce, (
-                q_desc, k_desc, v_desc, start_ptr, end_ptr, num_queries, items, tiles_smem, bars,
-                HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION,
-            )),
-        ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+    bounds = (start_ptr, end_ptr, num_queries, items)
+    consumed = (o_desc, lse_ptr, outer, bounds, tiles_smem, bars)
+    produced = (q_desc, k_desc, v_desc, bounds, tiles_smem, bars)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 0)),
+                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 1)),
+                (_produce, (produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
+    else:
+        gl.static_assert(GROUPS == 3)
+        gl.warp_specialize(
+            [
+                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 0)),
+                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 1)),
+                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 2)),
+                (_produce, (produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS)),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )
 
 
 def hopper_fwd(
@@ -274,11 +295,11 @@ def hopper_fwd(
 ) -> None:  # fmt: skip
     """Write output and base-2 log-sum-exp to ``out`` and ``lse``."""
     batch, heads, length, dim = q.shape
-    half, block_n = picked.block_m // 2, picked.block_n
+    rows, block_n = picked.block_m // picked.groups, picked.block_n
     items = triton.cdiv(length, picked.block_m) * batch * heads
     programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
     _mixed_attention_fwd_hopper_kernel[(programs,)](
-        tile_descriptor(q, half), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
-        tile_descriptor(out, half), lse, start, end, scale * LOG2_E, length, items,
+        tile_descriptor(q, rows), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
+        tile_descriptor(out, rows), lse, start, end, scale * LOG2_E, length, items,
         HEADS=heads, GROUP=heads // k.shape[1], D=dim, **picked.constants(), num_warps=4,
     )  # fmt: skip
