@@ -1,9 +1,11 @@
-"""The Triton kernel behind the op ``mask_rows``, and its launcher.
+"""The Triton kernels behind the op ``mask_rows``, and their launcher.
 
 A mask is a handful of scans over a few hundred kilobytes: as separate operations it costs tens of
-launches, so all scans over the rows of a sample run in one program here, block after block with the
-running values in scalars. ``intervals.py`` has the same functions in PyTorch and is what they are
-tested against, bit by bit.
+launches. Here a program owns a block of rows and finds out for itself what comes into it from
+before and after: the last token that is no padding, the beginning of the document, the end of the
+span. It looks block by block and stops at the first answer, so nothing passes between programs and
+long rows take no longer than their documents do. ``intervals.py`` has the same functions in PyTorch
+and is what they are tested against, bit by bit.
 """
 
 import contextlib
@@ -14,86 +16,79 @@ import triton.language as tl
 from torch import Tensor
 
 from . import intervals
+from .mask_tokens import (
+    INSIDE,
+    OPENED,
+    TWICE,
+    begins_before,
+    first_valid,
+    larger,
+    last_valid,
+    smaller,
+    span_end,
+    tokens,
+)
 
-_HOLE = tl.constexpr(intervals.HOLE)
-_DECREASING = tl.constexpr(intervals.DECREASING)
 _RANGE = tl.constexpr(intervals.RANGE)
-_OVERLAP = tl.constexpr(intervals.OVERLAP)
-_CROSSING = tl.constexpr(intervals.CROSSING)
 _PREFIX = tl.constexpr(intervals.PREFIX)
 _CU_SEQLENS = tl.constexpr(intervals.CU_SEQLENS)
-# What the forward pass leaves in ``end`` for the backward pass.
-_STOP, _INSIDE, _VALID = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-
-# H200, B = 2, L = 8192: 6 us less than with 128 elements per warp, 8 less than with blocks of 8192.
-BLOCK, ELEMENTS_PER_WARP = 4096, 256
+BLOCK, ELEMENTS_PER_WARP = 2048, 128
 
 
-@triton.jit
-def larger(a, b):
-    """For scans."""
-    return tl.maximum(a, b)
-
-
-@triton.jit
-def _smaller(a, b):
-    return tl.minimum(a, b)
-
-
-@triton.jit
-def _count_up_to(sorted_ptr, limit, size):
-    """How many of ``size`` ascending integers are <= ``limit``, for a block of limits."""
-    low = tl.zeros_like(limit)
-    high = low + size
-    left = size
-    while left > 0:
-        searching = low < high
-        middle = low + (high - low) // 2
-        below = tl.load(sorted_ptr + middle, mask=searching, other=0) <= limit
-        low = tl.where(searching & below, middle + 1, low)
-        high = tl.where(searching & ~below, middle, high)
-        left = left // 2
-    return low
-
-
-@triton.jit
-def _paint_spans(
-    spans_ptr, start_ptr, end_ptr, span_fault_ptr, length, num_spans, BLOCK: tl.constexpr
+@triton.jit(do_not_specialize=("length", "num_spans"))
+def _paint_spans_kernel(
+    spans_ptr, opened_ptr, code_ptr, fault_ptr, length, num_spans, BLOCK: tl.constexpr
 ):
-    """Count the spans that open and close at each token of this row in ``start`` and ``end``."""
-    sample = tl.program_id(0)
+    """Whether BLOCK tokens are in a span, whether one opens there, and whether they are in two;
+    grid = (cdiv(L, BLOCK), B). ``opened_ptr`` is room for counting.
+    """
+    sample, s = tl.program_id(1), tl.program_id(0) * BLOCK
     lane = tl.arange(0, BLOCK)
-    for s in range(0, length, BLOCK):
-        zero = tl.zeros((BLOCK,), tl.int32)
-        tl.store(start_ptr + s + lane, zero, mask=s + lane < length)
-        tl.store(end_ptr + s + lane, zero, mask=s + lane < length)
+    position = s + lane
+    opened_ptr += sample.to(tl.int64) * length
+    code_ptr += sample.to(tl.int64) * length
+    zero = tl.zeros((BLOCK,), tl.int32)
+    tl.store(opened_ptr + position, zero, mask=position < length)
+    tl.store(code_ptr + position, zero, mask=position < length)
     tl.debug_barrier()
-    for s in range(0, num_spans, BLOCK):
-        span, mask = s + lane, s + lane < num_spans
+    depth = 0
+    for i in range(0, num_spans, BLOCK):
+        span, mask = i + lane, i + lane < num_spans
         row = tl.load(spans_ptr + 3 * span, mask=mask, other=-1)
         first = tl.load(spans_ptr + 3 * span + 1, mask=mask, other=0)
         past = tl.load(spans_ptr + 3 * span + 2, mask=mask, other=0)
-        good = (row >= 0) & (row < tl.num_programs(0))
+        good = (row >= 0) & (row < tl.num_programs(1))
         good = good & (first >= 0) & (first <= past) & (past <= length)
-        code = tl.where(good, 0, _RANGE)
-        if sample == 0:
-            tl.store(span_fault_ptr + span, code, mask=mask)
+        if (sample == 0) & (s == 0):
+            tl.store(fault_ptr + span, tl.where(good, 0, _RANGE), mask=mask)
         used = mask & good & (past > first) & (row == sample)
+        depth += tl.sum((used & (first < s)).to(tl.int32), axis=0)
+        depth -= tl.sum((used & (past < s)).to(tl.int32), axis=0)
         one = tl.full((BLOCK,), 1, tl.int32)
-        tl.atomic_add(start_ptr + first, one, mask=used, sem="relaxed")
-        tl.atomic_add(end_ptr + past, one, mask=used & (past < length), sem="relaxed")
+        here = used & (first >= s) & (first < s + BLOCK)
+        tl.atomic_add(opened_ptr + first, one, mask=here, sem="relaxed")
+        here = used & (past >= s) & (past < s + BLOCK) & (past < length)
+        tl.atomic_add(code_ptr + past, one, mask=here, sem="relaxed")
     tl.debug_barrier()
+    opened = tl.load(opened_ptr + position, mask=position < length, other=0)
+    closed = tl.load(code_ptr + position, mask=position < length, other=0)
+    level = depth + tl.cumsum(opened - closed, axis=0)
+    code = tl.where(level > 0, INSIDE, 0) | tl.where(opened > 0, OPENED, 0)
+    code = code | tl.where(level > 1, TWICE, 0)
+    tl.debug_barrier()
+    tl.store(code_ptr + position, code, mask=position < length)
 
 
 @triton.jit
 def _first_label(labels_ptr, length, ignore_index, BLOCK: tl.constexpr):
     """Position of the first label that is supervised, ``length`` if there is none."""
-    prefix = length
-    for s in range(0, length, BLOCK):
+    prefix, s = length, length - length
+    while s < length:
         position = s + tl.arange(0, BLOCK)
         label = tl.load(labels_ptr + position, mask=position < length, other=0)
         supervised = (label != ignore_index) & (position < length)
-        prefix = tl.minimum(prefix, tl.min(tl.where(supervised, position, length), axis=0))
+        prefix = tl.min(tl.where(supervised, position, length), axis=0)
+        s = tl.where(prefix < length, length, s + BLOCK)
     return prefix
 
 
@@ -111,60 +106,14 @@ def _seqlens_fault(borders_ptr, length, num_borders, BLOCK: tl.constexpr):
     return tl.where(bad, _CU_SEQLENS, 0)
 
 
-@triton.jit
-def _is_valid(valid_ptr, position, length, last):
-    """Tokens that are in the sequence, before ``last`` and no padding."""
-    valid = (position >= 0) & (position < length) & (position < last)
-    if valid_ptr is not None:
-        valid = valid & (tl.load(valid_ptr + position, mask=valid, other=0) != 0)
-    return valid
-
-
-@triton.jit
-def _document(ids_ptr, borders_ptr, position, mask, num_borders):
-    """Document of each position: as given, or the number of borders after the first up to it."""
-    if ids_ptr is not None:
-        return tl.load(ids_ptr + position, mask=mask, other=0)
-    else:
-        return _count_up_to(borders_ptr + 1, position, num_borders - 1)
-
-
-@triton.jit
-def _resolve_ends(start_ptr, end_ptr, length, first_valid, BLOCK: tl.constexpr):
-    """The backward pass: where the span of each row ends, and bounds of the padding rows."""
-    lane = tl.arange(0, BLOCK)
-    ahead = length
-    blocks = tl.cdiv(length, BLOCK)
-    for i in range(0, blocks):
-        s = (blocks - 1 - i) * BLOCK
-        position = s + lane
-        mask = position < length
-        flags = tl.load(end_ptr + position, mask=mask, other=0)
-        # The block after this one holds ends already; what it had to say is in ``ahead``.
-        within = (lane + 1 < BLOCK) & (position + 1 < length)
-        following = tl.load(end_ptr + position + 1, mask=within, other=0)
-        before = tl.load(start_ptr + position, mask=mask, other=0)
-        tl.debug_barrier()
-        stop = tl.where((following & _STOP) != 0, position + 1, length)
-        stop = tl.minimum(tl.associative_scan(stop, 0, _smaller, reverse=True), ahead)
-        end = tl.where((flags & _INSIDE) != 0, stop, position + 1)
-        # A tile that is partly padding must not reach further than its other rows do.
-        empty = tl.where(before > 0, before, first_valid)
-        valid = (flags & _VALID) != 0
-        tl.store(start_ptr + position, tl.where(valid, before, empty), mask=mask)
-        tl.store(end_ptr + position, tl.where(valid, end, empty), mask=mask)
-        here = tl.min(tl.where((flags & _STOP) != 0, position, length), axis=0)
-        ahead = tl.minimum(ahead, here)
-
-
-@triton.jit(do_not_specialize=("length", "num_spans", "num_borders", "ignore_index"))
+@triton.jit(do_not_specialize=("length", "num_borders", "ignore_index"))
 def _mask_rows_kernel(
-    source_ptr, valid_ptr, ids_ptr, borders_ptr, start_ptr, end_ptr, fault_ptr, span_fault_ptr,
-    length, num_spans, num_borders, ignore_index,
+    source_ptr, valid_ptr, ids_ptr, borders_ptr, start_ptr, end_ptr, fault_ptr, length,
+    num_borders, ignore_index,
     KIND: tl.constexpr, WINDOW: tl.constexpr, EXCEED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``start``, ``end`` and faults of one row of the batch per program; grid = (B,)."""
-    sample = tl.program_id(0).to(tl.int64)
+    """``start``, ``end`` and faults of BLOCK rows; grid = (cdiv(L, BLOCK), B)."""
+    sample, s = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK
     start_ptr += sample * length
     end_ptr += sample * length
     HAS_VALID: tl.constexpr = (valid_ptr is not None) or (borders_ptr is not None)
@@ -179,10 +128,8 @@ def _mask_rows_kernel(
         row_fault = _seqlens_fault(borders_ptr, length, num_borders, BLOCK)
         last = tl.load(borders_ptr + num_borders - 1).to(tl.int32)
     prefix = length
-    if KIND == "types":
+    if (KIND == "types") or (KIND == "spans"):
         source_ptr += sample * length
-    elif KIND == "spans":
-        _paint_spans(source_ptr, start_ptr, end_ptr, span_fault_ptr, length, num_spans, BLOCK)
     elif KIND == "labels":
         prefix = _first_label(source_ptr + sample * length, length, ignore_index, BLOCK)
     elif KIND == "prefix":
@@ -191,79 +138,54 @@ def _mask_rows_kernel(
         prefix = tl.minimum(tl.maximum(wanted, 0), length).to(tl.int32)
     elif KIND == "causal":
         prefix = 0
-    depth, past, document, span = 0, 0, 0, 0
-    first_valid = length
-    for s in range(0, length, BLOCK):
-        position = s + tl.arange(0, BLOCK)
-        mask = position < length
-        fault = tl.zeros((BLOCK,), tl.int32) + row_fault
-        opened = tl.zeros((BLOCK,), tl.int32)
-        if KIND == "types":
-            inside = tl.load(source_ptr + position, mask=mask, other=0) != 0
-            earlier = mask & (position > 0)
-            was_inside = tl.load(source_ptr + position - 1, mask=earlier, other=0) != 0
-        elif KIND == "spans":
-            opened = tl.load(start_ptr + position, mask=mask, other=0)
-            change = opened - tl.load(end_ptr + position, mask=mask, other=0)
-            level = depth + tl.cumsum(change, axis=0)
-            depth += tl.sum(change, axis=0)
-            inside, was_inside = level > 0, level - change > 0
-            fault = fault | tl.where(level > 1, _OVERLAP, 0)
-        else:
-            inside, was_inside = position < prefix, position - 1 < prefix
-        valid = _is_valid(valid_ptr, position, length, last)
-        begins = position == 0
-        # One past the last token before this one that is no padding, 0 if there is none.
-        before = position
-        same = (position > 0) & mask
-        if HAS_VALID:
-            was_valid = _is_valid(valid_ptr, position - 1, length, last)
-            was_inside = was_inside & was_valid
-            counted = tl.where(was_valid, position, 0)
-            before = tl.maximum(tl.associative_scan(counted, 0, larger), past)
-            past = tl.maximum(past, tl.max(counted, axis=0))
-            here = tl.where(valid, position, length)
-            first_valid = tl.minimum(first_valid, tl.min(here, axis=0))
-            begins = valid & (before == 0)
-            same = valid & (before > 0)
-        if HAS_DOCUMENTS:
-            own = _document(ids_ptr, borders_ptr, position, mask, num_borders)
-            previous = _document(
-                ids_ptr, borders_ptr, tl.maximum(before - 1, 0), mask, num_borders
-            )  # fmt: skip
-            fault = fault | tl.where(same & (own < previous), _DECREASING, 0)
-            begins = begins | (same & (own != previous))
-            same = same & (own == previous)
-        if HAS_VALID:
-            fault = fault | tl.where(same & (before != position), _HOLE, 0)
-        if KIND == "spans":
-            crossing = inside & begins & (opened == 0) & (position > 0)
-            fault = fault | tl.where(crossing | (inside & ~valid), _CROSSING, 0)
-        inside = inside & valid
-        # The first document's token may come late; every scan below counts from there.
-        opens = tl.where(begins, position, 0)
-        start = opens
-        if HAS_VALID or HAS_DOCUMENTS:
-            start = tl.maximum(tl.associative_scan(opens, 0, larger), document)
-            document = tl.maximum(document, tl.max(opens, axis=0))
-        begins = inside & (begins | ~was_inside | (opened > 0) | (position == 0))
-        if WINDOW > 0:
-            near = tl.maximum(start, position - (WINDOW - 1))
-            if EXCEED:
-                opens = tl.where(begins, position, 0)
-                span_first = tl.maximum(tl.associative_scan(opens, 0, larger), span)
-                span = tl.maximum(span, tl.max(opens, axis=0))
-                near = tl.where(inside, tl.minimum(near, span_first), near)
-            start = near
-        flags = tl.where(begins | ~inside, _STOP, 0) | tl.where(inside, _INSIDE, 0)
-        flags = flags | tl.where(valid, _VALID, 0)
-        tl.debug_barrier()
-        tl.store(start_ptr + position, tl.where(valid, start, before), mask=mask)
-        tl.store(end_ptr + position, flags, mask=mask)
-        if fault_ptr is not None:
-            tl.store(fault_ptr + sample * length + position, fault, mask=mask)
+    pointers = (source_ptr, valid_ptr, ids_ptr, borders_ptr)
+    sizes = (length, last, prefix, num_borders)
+
+    past, first = s, length
+    if HAS_VALID:
+        past = last_valid(valid_ptr, s, length, last, BLOCK)
+        first = first_valid(valid_ptr, tl.where(past == 0, s, length), length, last, BLOCK)
+    document, begins, inside, valid, before, fault, next_past = tokens(
+        pointers, sizes, s, past, KIND, BLOCK
+    )
+    position = s + tl.arange(0, BLOCK)
+    mask = position < length
+    # The first document's token may come late; every scan below counts from there.
+    start = tl.zeros((BLOCK,), tl.int32)
+    SPANS: tl.constexpr = (WINDOW > 0) and EXCEED
+    opened, reached = 0, 0
+    if HAS_VALID or HAS_DOCUMENTS or SPANS:
+        continues = tl.max((inside & ~begins & (position == s)).to(tl.int32), axis=0) > 0
+        opened, reached = begins_before(
+            pointers, sizes, s, past, continues, SPANS, KIND, BLOCK
+        )  # fmt: skip
+        opens = tl.where(document, position, 0)
+        start = tl.maximum(tl.associative_scan(opens, 0, larger), opened)
+    if WINDOW > 0:
+        near = tl.maximum(start, position - (WINDOW - 1))
+        if EXCEED:
+            opens = tl.where(begins, position, 0)
+            span_first = tl.maximum(tl.associative_scan(opens, 0, larger), reached)
+            near = tl.where(inside, tl.minimum(near, span_first), near)
+        start = near
+    ends_inside = tl.max((inside & (position == s + BLOCK - 1)).to(tl.int32), axis=0) > 0
+    ahead = span_end(pointers, sizes, s + BLOCK, next_past, ends_inside, KIND, BLOCK)
+    stop = tl.where(begins | ~inside, position, length)
+    stop = tl.minimum(tl.associative_scan(stop, 0, smaller, reverse=True), ahead)
+    # Each token needs its neighbour's.
+    tl.store(end_ptr + position, stop, mask=mask)
     tl.debug_barrier()
-    _resolve_ends(start_ptr, end_ptr, length, first_valid, BLOCK)
+    neighbour = (position + 1 < s + BLOCK) & (position + 1 < length)
+    stop = tl.load(end_ptr + position + 1, mask=neighbour, other=0)
+    tl.debug_barrier()
+    stop = tl.where(neighbour, stop, ahead)
+    end = tl.where(inside, stop, position + 1)
+    # A tile that is partly padding must not reach further than its other rows do.
+    empty = tl.where(before > 0, before, first)
+    tl.store(start_ptr + position, tl.where(valid, start, empty), mask=mask)
+    tl.store(end_ptr + position, tl.where(valid, end, empty), mask=mask)
+    if fault_ptr is not None:
+        tl.store(fault_ptr + sample * length + position, fault | row_fault, mask=mask)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
@@ -295,7 +217,7 @@ def mask_rows(
     spans_exceed_window: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch ``_mask_rows_kernel``."""
+    """Launch the kernels."""
     integers = {"dtype": torch.int32, "device": source.device}
     start, end = (torch.empty((batch, length), **integers) for _ in range(2))
     with_faults = intervals.has_faults(kind, attention_mask, document_ids, cu_seqlens)
@@ -306,12 +228,17 @@ def mask_rows(
         if num_spans:
             span_faults.copy_(intervals.span_codes(source, batch, length))
         return start, end, faults, span_faults
+    source, tile = source.contiguous(), _tile(length)
+    grid = (triton.cdiv(length, tile["BLOCK"]), batch)
     with on_device(source):
-        _mask_rows_kernel[(batch,)](
-            source.contiguous(), contiguous(attention_mask), contiguous(document_ids),
-            contiguous(cu_seqlens), start, end, faults if with_faults else None, span_faults,
-            length, num_spans, 0 if cu_seqlens is None else cu_seqlens.shape[0],
-            ignore_index, KIND=kind, WINDOW=sliding_window, EXCEED=spans_exceed_window,
-            **_tile(length),
+        if kind == "spans":
+            codes = torch.empty((batch, length), **integers)
+            _paint_spans_kernel[grid](source, start, codes, span_faults, length, num_spans, **tile)
+            source = codes
+        _mask_rows_kernel[grid](
+            source, contiguous(attention_mask), contiguous(document_ids), contiguous(cu_seqlens),
+            start, end, faults if with_faults else None, length,
+            0 if cu_seqlens is None else cu_seqlens.shape[0],
+            ignore_index, KIND=kind, WINDOW=sliding_window, EXCEED=spans_exceed_window, **tile,
         )  # fmt: skip
     return start, end, faults, span_faults
