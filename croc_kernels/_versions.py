@@ -5,7 +5,7 @@ import torch
 PACKAGE = "0.1.0"
 # The stable ABI of the extension starts at 2.11; the upper end is the newest release that was run.
 TORCH_RANGE = ((2, 11), (2, 16))
-TRANSFORMERS_RANGE = ((4, 57), (5, 24))
+TRANSFORMERS_RANGE = ((4, 57), (5, 25))
 
 
 def parse(version: str) -> tuple[int, int]:

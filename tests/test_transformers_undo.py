@@ -1,6 +1,7 @@
 """Detach, report, copies, saving and loading; what is refused."""
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -93,8 +94,6 @@ def test_a_deep_copy_has_its_own_layer():
 
 
 def test_signatures_stay():
-    import inspect
-
     case = zoo.CASES["llava"]
     plain, model = case.model(), attached(case)
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)
@@ -218,23 +217,32 @@ def test_images_without_input_ids():
         model(**inputs, inputs_embeds=embeddings)
 
 
-def test_images_behind_a_filled_cache():
+def cache_names():
+    """transformers 5.24 calls the argument ``cache``, and takes the old name too."""
+    forward = transformers.LlavaForConditionalGeneration.forward
+    new = ["cache"] if "cache" in inspect.signature(forward).parameters else []
+    return ["past_key_values", *new]
+
+
+@pytest.mark.parametrize("name", cache_names())
+def test_images_behind_a_filled_cache(name):
     case = zoo.CASES["llava"]
     model = attached(case).eval()
     inputs = zoo.batch(case, model)
     cache = model(input_ids=inputs["input_ids"][:, :2] * 0 + 3, use_cache=True).past_key_values
     del inputs["attention_mask"]
     with pytest.raises(ValueError, match="images must come with the first tokens"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{name: cache})
 
 
-def test_foreign_cache():
+@pytest.mark.parametrize("name", cache_names())
+def test_foreign_cache(name):
     case = zoo.CASES["llava"]
     model = attached(case).eval()
     with pytest.raises(
         TypeError, match=r"past_key_values must be a transformers\.Cache, got tuple"
     ):
-        model(**zoo.batch(case, model), past_key_values=((torch.zeros(1),),))
+        model(**zoo.batch(case, model), **{name: ((torch.zeros(1),),)})
 
 
 def test_dense_mask():

@@ -159,10 +159,10 @@ def paligemma2_config() -> Any:
     )
 
 
-def gemma4_config() -> Any:
+def gemma4_config(global_head_dim: int = 8) -> Any:
     kinds = ["sliding_attention", "full_attention"]
     text = text_options(
-        head_dim=8, global_head_dim=8, sliding_window=3, layer_types=kinds,
+        head_dim=8, global_head_dim=global_head_dim, sliding_window=3, layer_types=kinds,
         use_bidirectional_attention="vision", hidden_size_per_layer_input=0,
         vocab_size_per_layer_input=VOCABULARY,
     )  # fmt: skip

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention.api import mixed_attention
 from ..attention.mask import MixedMask
 from ..backend import log_choice
 from .closures import repair_packing
 from .faults import check_transformers
+from .heads import attend
 from .mask_probe import REFUSAL, intervals
 
 NAME = "croc"
@@ -228,7 +228,7 @@ def croc_attention(
             _check_documents(mask, kwargs.get("position_ids"))
     else:
         mask = _mask_of_dense(attention_mask, query.shape[0], num_queries, num_keys)
-    out = mixed_attention(query, key, value, mask, scale=scaling, softcap=softcap)
+    out = attend(query, key, value, mask, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
 

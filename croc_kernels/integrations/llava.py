@@ -7,6 +7,7 @@ run transformers' own forward of the LM, and add the reconstruction loss. Classe
 """
 
 import functools
+import inspect
 import types
 from typing import Any
 
@@ -30,6 +31,9 @@ class _Stage:
 
     def __init__(self, model: nn.Module, exact_parity: bool) -> None:
         self.base = _language_model_class(model)
+        # Renamed in transformers 5.24.
+        names = inspect.signature(self.base.forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"
         self.exact_parity = exact_parity
         self.attention = getattr(model.config, "_attn_implementation", None)
         self.frozen: list[nn.Parameter] = []
@@ -291,11 +295,12 @@ def _forward(
     """The LM's own forward on the spliced batch, plus the weighted reconstruction loss."""
     stage, layer = getattr(model, _STATE), model.croc
     own = {name: options.pop(name, None) for name in _PREPARE_OPTIONS}
-    options["return_dict"] = True
+    cache = options.pop("cache", past_key_values)
+    options |= {"return_dict": True, stage.cache_name: cache}
     if inputs_embeds is None and images is not None and input_ids.shape[1] > 1:
         own = {name: value for name, value in own.items() if value is not None}
         prepared = model.prepare_inputs_labels_for_multimodal(
-            input_ids, position_ids, attention_mask, past_key_values, labels, images, **own
+            input_ids, position_ids, attention_mask, cache, labels, images, **own
         )
         batch, mask = stage.batch, stage.mask
         attention_mask = batch.attention_mask if mask is None else pack_mask(mask)
@@ -312,7 +317,7 @@ def _forward(
         attention_mask = pack_mask(stage.mask)
     output = stage.base.forward(
         model, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-        past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, **options,
+        inputs_embeds=inputs_embeds, labels=labels, **options,
     )  # fmt: skip
     if output.loss is not None:
         reconstruction = _reconstruction(layer, stage)

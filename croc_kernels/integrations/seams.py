@@ -112,9 +112,10 @@ class Attachment:
                 "attach: input_ids must be given with images, they tell where the images are; got "
                 "None"
             )
-        self.step = _Step(
-            {name: given.get(name) for name in _CAPTURED}, kwargs.get("num_masked_in_batch")
-        )
+        inputs = {name: given.get(name) for name in _CAPTURED}
+        if inputs["past_key_values"] is None:  # renamed in transformers 5.24
+            inputs["past_key_values"] = given.get("cache")
+        self.step = _Step(inputs, kwargs.get("num_masked_in_batch"))
         kept = {name: value for name, value in kwargs.items() if name not in _RECIPE_INPUTS}
         if self.model.training and given.get("labels") is not None:
             # No step needs a cache, and with one transformers does not look for packed documents.
