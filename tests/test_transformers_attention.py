@@ -264,6 +264,25 @@ def test_fullgraph_compile(name):
     torch.testing.assert_close(compiled, plain, rtol=0, atol=TOLERANCE)
 
 
+def test_one_graph_serves_many_lengths():
+    """Dynamo makes lengths symbolic at the second batch; nothing of ours ties them down again."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = transformers.LlamaForCausalLM(zoo.llama())
+    model.set_attn_implementation("croc")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (40, 57, 64, 90):
+        ids = torch.randint(3, 90, (2, length))
+        padding = torch.ones_like(ids)
+        padding[0, : length // 8] = 0
+        inputs = {"input_ids": ids, "attention_mask": padding}
+        found = compiled(**inputs).logits[padding.bool()]
+        torch.testing.assert_close(found, model(**inputs).logits[padding.bool()])
+    assert counter.frame_count == 2
+
+
 def test_bf16_autocast():
     case = zoo.CASES["gemma3"]
     model = case.model()

@@ -12,7 +12,6 @@ per row, spread so that neighbouring rows look at different keys, and every padd
 sum. The check stays on the device (``torch._assert_async``); it never waits.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -36,6 +35,18 @@ def _leading(visible: Tensor) -> Tensor:
     return visible.to(torch.int64).cumprod(-1).sum(-1)
 
 
+def rounds(num_keys: int) -> int:
+    """Rounds that find any end among so many keys.
+
+    Compared, not computed by a logarithm: under ``torch.compile`` that would tie the graph to one
+    length.
+    """
+    count, reach = 1, FAN_OUT + 1
+    while reach < num_keys + 1:
+        count, reach = count + 1, reach * (FAN_OUT + 1)
+    return count
+
+
 def search_intervals(visible: Callable[[Tensor], Tensor], own: Tensor, num_keys: int) -> Tensor:
     """First and past-the-last visible key around each row's own key, (2, B, L) int64.
 
@@ -48,7 +59,7 @@ def search_intervals(visible: Callable[[Tensor], Tensor], own: Tensor, num_keys:
     reached = torch.zeros((2, *own.shape), dtype=torch.int64, device=own.device)
     room = torch.stack([own + 1, num_keys - own])
     fan = torch.arange(1, FAN_OUT + 1, device=own.device)
-    for _ in range(max(1, math.ceil(math.log(num_keys + 1, FAN_OUT + 1)))):
+    for _ in range(rounds(num_keys)):
         stride = (room + FAN_OUT) // (FAN_OUT + 1)
         steps = stride[..., None] * fan
         inside = steps < room[..., None]
