@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -41,6 +42,17 @@ def run_rank(options: dict, rank: int, port: int) -> None:
     run_case(options)
 
 
+def run_two_ranks(options: dict) -> None:
+    port = free_port()
+    ranks = [CONTEXT.Process(target=run_rank, args=(options, rank, port)) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(100)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
 def losses_saved_in(output: Path) -> dict:
     last = checkpoints(output)[-1]
     return losses_of(TrainerState.load_from_json(str(last / "trainer_state.json")).log_history)
@@ -63,14 +75,7 @@ def test_two_ranks_have_the_losses_of_one(more: dict, case: Case, tmp_path: Path
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 2,
     }
-    port = free_port()
-    ranks = [CONTEXT.Process(target=run_rank, args=(two, rank, port)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    run_two_ranks(two)
     expected, found = losses_saved_in(tmp_path / "one"), losses_saved_in(tmp_path / "two")
     assert found.keys() == expected.keys() == {1, 2}
     for step in expected:
@@ -79,3 +84,15 @@ def test_two_ranks_have_the_losses_of_one(more: dict, case: Case, tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         f"checkpoint-{STEPS}", "losses.png", "model",
     ]  # fmt: skip
+
+
+def test_two_ranks_go_on_from_a_checkpoint(case: Case, tmp_path: Path) -> None:
+    """Masks are drawn here: each rank's random state is part of a checkpoint."""
+    options = {"max_steps": STEPS, "save_steps": 1, "per_device_train_batch_size": 1}
+    run_two_ranks(case.options(tmp_path / "whole", **options))
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-1", resumed / "checkpoint-1")
+    run_two_ranks(case.options(resumed, resume="last", **options))
+    expected, found = losses_saved_in(tmp_path / "whole"), losses_saved_in(resumed)
+    assert found.keys() == expected.keys() == {1, 2}
+    assert found[2] == pytest.approx(expected[2], abs=1e-6)

@@ -95,6 +95,9 @@ class StageTrainer(Trainer):
                 f"StageTrainer: one process must drive one GPU, got {self.args.n_gpu}; start with "
                 "torchrun"
             )
+        if self.args.device.type == "cpu":
+            # Several CPU ranks call it "cpu:0", where Trainer can't load an optimizer's state to.
+            vars(self.args)["_setup_devices"] = torch.device("cpu")
         self.add_callback(_LogBeforeSave)
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
