@@ -7,8 +7,10 @@ import scipy.optimize
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import croc_kernels as ck
+from croc_kernels.layer import matching
 from croc_kernels.layer.recipe_config import Recipe
 
 C, M = 16, 40
@@ -195,6 +197,66 @@ def test_layer_reuse_uses_a_row_at_most_once_per_round(lengths: tuple[int, ...])
         chosen = index[index >= 0]
         assert len(chosen) == math.ceil(0.75 * length)
         assert chosen.bincount().max() <= math.ceil(len(chosen) / 8)
+
+
+def test_layer_reuse_is_optimal_within_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = []
+
+    def noting(order: Tensor, counts: list[int], rows: int) -> matching.Problems:
+        problems.append(make(order, counts, rows))
+        return problems[-1]
+
+    make = matching.make_problems
+    monkeypatch.setattr(matching, "make_problems", noting)
+    layer, lengths = ck.CrocLayer(C, 8, allow_reuse=True), (50, 3, 21)
+    replacement = layer.replace(features_of(lengths), lengths)
+    (found,) = problems
+    for tokens, valid in zip(found.token_index, found.valid, strict=True):
+        tokens = tokens[valid]
+        distance = torch.cdist(replacement.target[tokens].double(), layer.pool.detach().double())
+        index = replacement.pool_index[tokens]
+        assert index.unique().numel() == len(tokens)
+        best = distance[scipy.optimize.linear_sum_assignment(distance.numpy())].sum().item()
+        total = distance.gather(1, index[:, None]).sum().item()
+        assert total == pytest.approx(best, rel=1e-6)
+    assert int(found.valid.sum()) == replacement.num_masked
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the package's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "croc_kernels":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["croc", "croc-released"])
+def test_layer_takes_images_of_many_sizes_in_one_launch_of_each_operator(recipe: str) -> None:
+    lengths = (547, 576, 1536, 0, 1)
+    layer = ck.CrocLayer(C, 1200, recipe, num_positions=1536)
+    with _Calls() as calls:
+        replacement = layer.replace(features_of(lengths), lengths)
+    matcher = ["token_cost", "linear_assignment"] if recipe == "croc" else ["nearest_token"]
+    assert calls.names == ["l2_normalize_fwd", "draw_order", *matcher, "replace_tokens_fwd"]
+    for tokens, index in zip(
+        per_image(replacement.target.double(), lengths),
+        per_image(replacement.pool_index, lengths),
+        strict=True,
+    ):
+        chosen = index >= 0
+        assert int(chosen.sum()) == math.ceil(0.75 * len(tokens))
+        distance = torch.cdist(tokens[chosen], layer.pool.detach().double())
+        total = distance.gather(1, index[chosen][:, None]).sum().item()
+        best = distance.min(1).values.sum().item() if len(distance) else 0.0
+        if recipe == "croc":
+            best = distance[scipy.optimize.linear_sum_assignment(distance.numpy())].sum().item()
+            assert index[chosen].unique().numel() == int(chosen.sum())
+        assert total == pytest.approx(best, rel=1e-6)
 
 
 def test_layer_float64_features_stay_float64() -> None:

@@ -1,7 +1,10 @@
 """The random masks: what they depend on, what they don't, and how random they are."""
 
 import math
+import subprocess
+import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +53,31 @@ def test_draw_resumes_from_the_default_generator_s_state() -> None:
     torch.manual_seed(99)
     torch.set_rng_state(state)
     assert all(torch.equal(masked_by(layer), mask) for mask in expected)
+
+
+_RESTARTED = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_layer import C, M
+from test_layer_draw import masked_by
+
+import croc_kernels as ck
+
+torch.manual_seed(21)
+layer = ck.CrocLayer(C, M)
+print(*(int(x) for _ in range(2) for x in masked_by(layer)), sep="")
+"""
+
+
+def test_draw_is_the_same_in_another_process() -> None:
+    torch.manual_seed(21)
+    layer = ck.CrocLayer(C, M)
+    masks = torch.cat([masked_by(layer) for _ in range(2)])
+    command = [sys.executable, "-c", _RESTARTED, str(Path(__file__).parent)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert result.stdout.strip() == "".join(str(int(x)) for x in masks), result.stderr[-2000:]
 
 
 def test_draw_takes_one_number_from_the_generator() -> None:

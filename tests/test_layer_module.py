@@ -304,6 +304,23 @@ def test_layer_step_in_a_cuda_graph(recipe: str, lengths: tuple[int, ...]) -> No
 
 
 @pytest.mark.gpu
+@torch.no_grad()
+def test_layer_step_holds_the_costs_and_64_mebibytes_beside_its_results() -> None:
+    images, tokens, pool, width = 32, 576, 2048, 4096
+    layer = ck.CrocLayer(width, pool, device="cuda", dtype=torch.bfloat16)
+    features = torch.randn(images * tokens, width, device="cuda", dtype=torch.bfloat16)
+    layer.replace(features, (tokens,) * images)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    replacement = layer.replace(features, (tokens,) * images)
+    extra = torch.cuda.max_memory_allocated() - before
+    results = 2 * features.numel() * features.element_size()
+    costs = 4 * replacement.num_masked * pool
+    assert extra <= results + costs + (64 << 20)
+
+
+@pytest.mark.gpu
 def test_layer_draws_on_the_gpu_from_an_explicit_generator() -> None:
     layer, features, _ = gpu_stage("croc", (576,))
     generator = torch.Generator("cuda").manual_seed(3)
