@@ -1,5 +1,5 @@
-// Where the time of the CUDA assignment solver goes: one scan of a row by a block, then every
-// kernel of a whole solve.
+// Where the time of the CUDA assignment solver goes: one step of a path search by a block, then
+// every kernel of a whole solve.
 //
 //   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu
 //   -o scan && ./scan
@@ -46,7 +46,8 @@ float median(std::vector<float> values) {
 // The step of the path search, alone: the first n columns are matched, the others forbidden, so
 // that a search scans all n rows and gives up.
 template <int kGroups>
-__global__ void __launch_bounds__(kPathThreads, 1) scan_all_rows(Arguments a, int* steps) {
+__global__ void __launch_bounds__(kPathThreads, 1)
+    scan_all_rows(Arguments a, int* reads, int* steps) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<float> p(a);
   State s;
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kPathThreads, 1) scan_all_rows(Arguments a, in
   __syncthreads();
   Search<kGroups> search;
   const PathEnd end = shortest_path<float>(p.costs, s, search, p.n - 1);
-  if (threadIdx.x == 0) steps[blockIdx.x] = end.steps;
+  if (threadIdx.x == 0) reads[blockIdx.x] = end.reads, steps[blockIdx.x] = end.steps;
 }
 
 template <int kGroups>
@@ -77,6 +78,7 @@ void measure_scan(int batch, int n, int m, int threads) {
   a.workspace = workspace;
   float* device_cost = on_device(cost);
   a.cost = device_cost;
+  int* reads = on_device(std::vector<int>(batch));
   int* steps = on_device(std::vector<int>(batch));
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(plan.path_shared)));
@@ -86,7 +88,7 @@ void measure_scan(int batch, int n, int m, int threads) {
   std::vector<float> times;
   for (int run = 0; run < kWarmups + kRuns; ++run) {
     CHECK(cudaEventRecord(begin));
-    kernel<<<batch, threads, plan.path_shared>>>(a, steps);
+    kernel<<<batch, threads, plan.path_shared>>>(a, reads, steps);
     CHECK(cudaGetLastError());
     CHECK(cudaEventRecord(end));
     CHECK(cudaEventSynchronize(end));
@@ -94,14 +96,17 @@ void measure_scan(int batch, int n, int m, int threads) {
     CHECK(cudaEventElapsedTime(&ms, begin, end));
     if (run >= kWarmups) times.push_back(ms);
   }
-  int taken = 0;
+  int taken = 0, rows = 0;
   CHECK(cudaMemcpy(&taken, steps, sizeof taken, cudaMemcpyDeviceToHost));
+  CHECK(cudaMemcpy(&rows, reads, sizeof rows, cudaMemcpyDeviceToHost));
   std::printf(
-      "{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"threads\": %d, \"steps\": %d, "
-      "\"us_per_scan\": %.4f}\n",
-      batch, n, m, threads, taken, 1e3f * median(times) / taken);
+      "{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"threads\": %d, \"rows\": %d, "
+      "\"steps\": %d, \"us_per_row\": %.4f, \"us_per_step\": %.4f}\n",
+      batch, n, m, threads, rows, taken, 1e3f * median(times) / rows,
+      1e3f * median(times) / taken);
   CHECK(cudaFree(workspace));
   CHECK(cudaFree(device_cost));
+  CHECK(cudaFree(reads));
   CHECK(cudaFree(steps));
 }
 
@@ -188,10 +193,12 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
   std::printf(
       "{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g, "
       "\"rounds\": %d, \"bids\": %d, \"column_rounds\": %d, \"column_bids\": %d, "
-      "\"paths\": %d, \"row_scans\": %d, \"column_scans\": %d, \"us\": {",
+      "\"paths\": %d, \"row_scans\": %d, \"row_steps\": %d, \"released\": %d, "
+      "\"column_scans\": %d, \"column_steps\": %d, \"us\": {",
       name.c_str(), batch, n, m, median(times[kLaunches]),
       *std::max_element(gaps.begin(), gaps.end()), most[kRounds], most[kBids], most[kReverseRounds],
-      most[kReverseBids], most[kFreeRows], most[kRowScans], most[kColumnScans]);
+      most[kReverseBids], most[kFreeRows], most[kRowScans], most[kRowSteps],
+      most[kReleased], most[kColumnScans], most[kColumnSteps]);
   std::map<std::string, float> by_name;
   for (size_t k = 0; k < kLaunches; ++k) by_name[kNames[k]] += 1e3f * median(times[k]);
   const char* separator = "";

@@ -11,12 +11,13 @@ namespace croc::gpu {
 constexpr int kBidThreads = 512;
 constexpr int kEnoughFree = 8;     // one row less costs bidding more than a path of its own
 constexpr int kFirstRounds = 40;   // before the auction is considered
-constexpr int kMoreRounds = 160;   // where it is not needed
+constexpr int kMoreRounds = 40;    // where it is not needed
 constexpr int kAuctionShare = 8;   // considered when more than n / 8 rows are free
 constexpr int kAuctionLeast = 32;  // and more than this many
 constexpr int kAuctionPhases = 4;  // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
 constexpr int kAuctionRounds =
     2000;  // per phase and direction; who needs more is better served by paths
+constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
 
 struct Offer {
   double least, second;  // the two smallest reduced costs of the column
@@ -100,12 +101,14 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
 // must be matched.
 template <class T>
 __device__ bool bid_columns(const Costs<T>& costs, const State& s, double epsilon, int* counters) {
-  for (int round = 0; round < kAuctionRounds; ++round) {
+  int bids = 0;
+  for (int round = 0; round < kAuctionRounds && (round < kPatience || bids > 2 * round); ++round) {
     const int count = block_collect(costs.m, s.list, costs.n,
                                     [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
     if (count == 0) return true;
     ++counters[kReverseRounds];
     counters[kReverseBids] += count;
+    bids += count;
     place_offers(costs, s, count, epsilon);
     accept_offers(costs, s, count);
   }

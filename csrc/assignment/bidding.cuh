@@ -18,12 +18,12 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
   };
   double least = infinity(), second = infinity();
   int column = -1;
-  for_row(costs, row, [&](int first, const double (&x)[4]) {
+  for_row(costs, row, [&](int first, const T (&x)[4]) {
     double v[4];
     four(s.v, first, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const double reduced = x[k] - v[k];
+      const double reduced = static_cast<double>(x[k]) - v[k];
       bool nearer = reduced < least;
       if (reduced == least && column >= 0 && is_finite(reduced))
         nearer = key_of(first + k) < key_of(column);

@@ -96,12 +96,12 @@ __device__ double list_row(const Costs<T>& costs, const Lists<T>& lists, const d
   const bool listed = lists.bound != nullptr;
   double least = infinity();
   Nearest nearest = Nearest::none();
-  for_row(costs, row, [&](int first, const double (&x)[4]) {
+  for_row(costs, row, [&](int first, const T (&x)[4]) {
     double its_v[4];
     four(v, first, its_v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const double reduced = x[k] - its_v[k];
+      const double reduced = static_cast<double>(x[k]) - its_v[k];
       least = lesser(least, reduced);
       if (listed) nearest.add(reduced, first + k);
     }

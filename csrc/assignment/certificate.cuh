@@ -18,11 +18,11 @@ __global__ void measure_slack(Arguments a) {
   const int row = row_of_warp();
   if (row >= p.n || p.failed()) return;
   double least = infinity();
-  for_row(p.costs, row, [&](int first, const double (&x)[4]) {
+  for_row(p.costs, row, [&](int first, const T (&x)[4]) {
     double v[4];
     four(p.work.v, first, v);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) least = lesser(least, x[k] - v[k]);
+    for (int k = 0; k < 4; ++k) least = lesser(least, static_cast<double>(x[k]) - v[k]);
   });
   least = from_ordered(warp_min(ordered(least)));
   if (lane_id() != 0) return;

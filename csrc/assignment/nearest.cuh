@@ -22,13 +22,13 @@ __global__ void nearest_columns(Arguments a) {
   unsigned key = ~0u, hash = 0;
   const bool listed = p.listed();
   Nearest nearest = Nearest::none();
-  for_row(p.costs, row, [&](int first, const double (&x)[4]) {
+  for_row(p.costs, row, [&](int first, const T (&x)[4]) {
     double v[4];
     four(p.work.v, first, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      hash = 31 * hash + folded_bits(x[k]);
-      const double reduced = x[k] - v[k];
+      hash = 31 * hash + folded_bits(static_cast<double>(x[k]));
+      const double reduced = static_cast<double>(x[k]) - v[k];
       const unsigned mine = rotated(first + k, turn, p.m);
       if (reduced < least || (reduced == least && mine < key)) least = reduced, key = mine;
       if (listed) nearest.add(reduced, first + k);
@@ -59,8 +59,8 @@ __global__ void find_twins(Arguments a) {
   twin = __reduce_min_sync(kAllLanes, twin);
   if (twin != static_cast<unsigned>(row)) {  // equal hashes prove nothing
     int differs = 0;
-    for_row(p.costs, row, [&](int first, const double (&x)[4]) {
-      double y[4];
+    for_row(p.costs, row, [&](int first, const T (&x)[4]) {
+      T y[4];
       p.costs.four(static_cast<int>(twin), first, y);
 #pragma unroll
       for (int k = 0; k < 4; ++k) differs |= x[k] != y[k];

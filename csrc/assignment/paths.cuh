@@ -92,7 +92,7 @@ __device__ void for_own_rows(int n, Visit visit) {
 struct PathEnd {
   int column;       // unmatched; -1: no column can be reached
   double distance;  // from the source
-  int steps;
+  int reads, steps;  // rows read, in how many steps
 };
 
 // The matching along the path, once the duals of the tree have moved.
@@ -114,7 +114,7 @@ __device__ inline void flip_path(const State& s, int source, PathEnd end) {
 struct Release {
   int column;   // ends with dual zero and without a row
   double rise;  // of the first column's dual
-  int steps;
+  int reads, steps;
 };
 
 // The same for a column that is released.
@@ -199,9 +199,9 @@ __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, Reached<
     });
     const Least next = block_least({ordered(least), key}, step);
     distance = from_ordered(next.value);
-    if (!is_finite(distance)) return {-1, 0.0, step + 1};
+    if (!is_finite(distance)) return {-1, 0.0, step + 1, step + 1};
     const int taken = static_cast<int>(next.key & ~kMatched);
-    if (!(next.key & kMatched)) return {taken, distance, step + 1};
+    if (!(next.key & kMatched)) return {taken, distance, step + 1, step + 1};
     for_own_fours<kGroups>(costs.m, [&](int slot, int first) {
       if (first == (taken & ~3)) reached.enter(s, slot + (taken & 3), taken);
     });
@@ -235,7 +235,7 @@ template <class T, int kGroups>
 __device__ Release shortest_release(const Costs<T>& costs, const State& s,
                                     Reached<kGroups>& reached, int source) {
   reached.clear(s, costs.n);
-  Release best{source, -s.v[source], 0};
+  Release best{source, -s.v[source], 0, 0};
   int column = source;
   double distance = 0.0;
   while (true) {
@@ -249,6 +249,7 @@ __device__ Release shortest_release(const Costs<T>& costs, const State& s,
       if (now < least) least = now, key = static_cast<unsigned>(i);
     });
     const Least next = block_least({ordered(least), key}, best.steps++);
+    best.reads = best.steps;
     const double reach = from_ordered(next.value);
     if (next.key == ~0u || !(reach < best.rise)) return best;
     distance = reach;

@@ -24,6 +24,11 @@ __device__ inline bool is_finite(double x) { return x - x == 0.0; }
 // any use of this.
 __device__ inline double lesser(double x, double y) { return x < y ? x : y; }
 
+template <class T>
+__device__ T greater(T x, T y) {
+  return x > y ? x : y;
+}
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) & (kWarp - 1); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ inline int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }

@@ -17,9 +17,11 @@ enum Counter {
   kReverseRounds,  // of bidding by columns, in the auction
   kReverseBids,    // in them
   kFreeRows,       // left to the paths
-  kRowScans,       // steps of the paths
+  kRowScans,       // rows that the paths read
+  kRowSteps,       // in so many steps
   kReleased,       // columns of the reverse pass
-  kColumnScans,    // and its steps
+  kColumnScans,    // columns that it read
+  kColumnSteps,    // in so many steps
   kCounters
 };
 
@@ -138,9 +140,8 @@ struct Workspace {
   Scalars* scalars;
   double* v;           // (padded m) column duals, 0 beyond the last column
   double* u;           // (n) row duals; row minima
-  double* potential;   // (m) column means, then Sinkhorn potentials
-  double* row_value;   // (n) row minima under the duals from the means; Sinkhorn potentials; slacks
-  double* row_least;   // (n) row minima of the costs themselves
+  void* potential;     // (padded m) column means, then Sinkhorn potentials, in the costs' type
+  double* row_value;   // (n) what the start gains in a row of the sample; Sinkhorn potentials; slacks
   float* row_spread;   // (n) distance from the least to about the ninth reduced cost, under the
                        // duals from the means
   float* cost_spread;  // (n) the same under zero duals
@@ -160,9 +161,8 @@ struct Workspace {
     scalars = carver.take<Scalars>(1);
     v = carver.take<double>(padded(a.max_m()));
     u = carver.take<double>(n);
-    potential = carver.take<double>(m);
+    potential = carver.take<unsigned char>(padded(a.max_m()) * a.cost_bytes);
     row_value = carver.take<double>(n);
-    row_least = carver.take<double>(n);
     row_spread = carver.take<float>(n);
     cost_spread = carver.take<float>(n);
     row_of = carver.take<int>(m);
@@ -182,6 +182,10 @@ __device__ inline void four(const double* values, int first, double (&out)[4]) {
   const double2 x = *reinterpret_cast<const double2*>(values + first);
   const double2 y = *reinterpret_cast<const double2*>(values + first + 2);
   out[0] = x.x, out[1] = x.y, out[2] = y.x, out[3] = y.y;
+}
+__device__ inline void four(const float* values, int first, float (&out)[4]) {
+  const float4 x = *reinterpret_cast<const float4*>(values + first);
+  out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
 }
 
 template <class T>
@@ -263,6 +267,7 @@ struct Problem {
   }
 
   __device__ Scalars& scalars() const { return *work.scalars; }
+  __device__ T* potential() const { return static_cast<T*>(work.potential); }
   // Whether rows have lists. It depends on the problem alone, as every result must.
   __device__ bool listed() const {
     return m >= kListColumns && work.scalars->high_exponent < kListExponent;

@@ -26,11 +26,11 @@ __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
   load_state(p, s);
   const int num_free = block_collect(p.n, s.list, p.n, [&](int i) { return s.column_of[i] < 0; });
   Search<kGroups> search;
-  int steps = 0;
+  int reads = 0, steps = 0;
   for (int k = 0; k < num_free; ++k) {
     const int source = s.list[k];
     const PathEnd end = shortest_path<T>(p.costs, s, search, source);
-    steps += end.steps;
+    reads += end.reads, steps += end.steps;
     if (end.column < 0) {
       if (threadIdx.x == 0) p.scalars().status = kInfeasible;
       return;
@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
   store_state(p, s);
   if (threadIdx.x != 0) return;
   p.scalars().raised = raised;
-  p.scalars().counters[kRowScans] = steps;
+  p.scalars().counters[kRowScans] = reads;
+  p.scalars().counters[kRowSteps] = steps;
 }
 
 // Grid (batch, stripes): raise every unmatched column as far as the row duals let it, all at once.
@@ -57,10 +58,10 @@ __global__ void raise_columns(Arguments a) {
   if (!__syncthreads_or(mine)) return;
   __shared__ double rooms[kStripeThreads / kWarp][kStripe];
   double room[4] = {infinity(), infinity(), infinity(), infinity()};
-  for_stripe(p.costs, stripe_first(), [&](int row, const double (&x)[4]) {
+  for_stripe(p.costs, stripe_first(), [&](int row, const T (&x)[4]) {
     const double u = p.work.u[row];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) room[k] = lesser(room[k], x[k] - u);
+    for (int k = 0; k < 4; ++k) room[k] = lesser(room[k], static_cast<double>(x[k]) - u);
   });
 #pragma unroll
   for (int k = 0; k < 4; ++k) rooms[warp_id()][4 * lane_id() + k] = room[k];
@@ -82,17 +83,18 @@ __global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) 
   load_state(p, s);
   const int count =
       block_collect(p.m, s.waiting, p.m, [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
-  int steps = 0;
+  int reads = 0, steps = 0;
   Search<kGroups> search;
   for (int k = 0; k < count; ++k) {
     const int source = s.waiting[k];
     const Release end = shortest_release<T>(p.costs, s, search, source);
-    steps += end.steps;
+    reads += end.reads, steps += end.steps;
     release(p.costs, s, search, source, end);
   }
   store_state(p, s);
   if (threadIdx.x == 0) {
-    p.scalars().counters[kColumnScans] = steps;
+    p.scalars().counters[kColumnScans] = reads;
+    p.scalars().counters[kColumnSteps] = steps;
     p.scalars().counters[kReleased] = count;
   }
 }

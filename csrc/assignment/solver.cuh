@@ -87,7 +87,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     const int problem_threads = threads_for(a.max_m() / 2, kProblemThreads);
     launch(column_means<T>, stripes, stripe_threads, 0, a);
     launch(start_from_means<T>, problems, problem_threads, 0, a);
-    launch(compare_rows<T>, rows, kRowThreads, 0, a);
+    const int sample = a.max_n() < kSampledRows ? a.max_n() : kSampledRows;
+    launch(compare_rows<T>, dim3(a.batch, ceil_div(sample, kRowThreads / kWarp)), kRowThreads, 0, a);
     launch(choose_start<T>, problems, problem_threads, 0, a);
     for (int step = 0; step < kSinkhornSteps; ++step) {
       launch(sinkhorn_rows<T>, rows_and_slack, kRowThreads, 0, a);

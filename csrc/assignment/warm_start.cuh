@@ -10,6 +10,7 @@ constexpr int kStripe = 4 * kWarp;     // columns of a block in the column passe
 constexpr int kStripeThreads = 512;    // and its threads: a warp takes every 16th row
 constexpr int kRowThreads = 256;       // row passes: a warp per row
 constexpr int kProblemThreads = 1024;  // one block per problem
+constexpr int kSampledRows = 64;       // that choose the start
 
 // Visits this block's stripe of columns: visit(row, four costs), first column of the four in
 // `first`.
@@ -17,7 +18,7 @@ template <class T, class Visit>
 __device__ void for_stripe(const Costs<T>& costs, int first, Visit visit) {
 #pragma unroll 4
   for (int row = warp_id(); row < costs.n; row += warp_count()) {
-    double x[4];
+    T x[4];
     costs.four(row, first, x);
     visit(row, x);
   }
@@ -29,7 +30,7 @@ template <class T, class Visit>
 __device__ void for_row(const Costs<T>& costs, int row, Visit visit) {
 #pragma unroll 4
   for (int first = 4 * lane_id(); first < costs.m; first += 4 * kWarp) {
-    double x[4];
+    T x[4];
     costs.four(row, first, x);
     visit(first, x);
   }
@@ -39,32 +40,43 @@ __device__ inline int stripe_start() { return static_cast<int>(blockIdx.y) * kSt
 __device__ inline int stripe_first() { return stripe_start() + 4 * lane_id(); }
 __device__ inline int row_of_warp() { return blockIdx.y * warp_count() + warp_id(); }
 
-// log(sum(exp(x))), one x at a time.
+// log(sum(exp(z / temperature))) over numbers that come four at a time.
+template <class T>
 struct LogSum {
-  double top;
-  float sum;
+  T top;
+  float sum;  // of exp((z - top) / temperature)
 
-  __device__ static LogSum empty() { return {-infinity(), 0.0f}; }
-  __device__ void add(double x, float weight) {
-    if (x > top) {
-      sum = sum * __expf(static_cast<float>(top - x)) + weight;
-      top = x;
-    } else if (x > -infinity()) {
-      sum += weight * __expf(static_cast<float>(x - top));
-    }
+  __device__ static LogSum empty() { return {static_cast<T>(-infinity()), 0.0f}; }
+  __device__ void rise(T z, T scale) {
+    if (!(z > top)) return;
+    sum *= __expf(static_cast<float>((top - z) * scale));
+    top = z;
   }
-  __device__ void add(double x) { add(x, 1.0f); }
-  __device__ void add(LogSum other) { add(other.top, other.sum); }
-  __device__ double value() const { return top + static_cast<double>(__logf(sum)); }
+  __device__ void add(const T (&z)[4], T scale) {
+    rise(greater(greater(z[0], z[1]), greater(z[2], z[3])), scale);
+    if (!(top > static_cast<T>(-infinity()))) return;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sum += __expf(static_cast<float>((z[k] - top) * scale));
+  }
+  __device__ void add(LogSum other, T scale) {
+    if (!(other.top > static_cast<T>(-infinity()))) return;
+    rise(other.top, scale);
+    sum += other.sum * __expf(static_cast<float>((other.top - top) * scale));
+  }
+  // Times the temperature.
+  __device__ double value(double temperature) const {
+    return static_cast<double>(top) + temperature * static_cast<double>(__logf(sum));
+  }
 };
 
-__device__ inline LogSum warp_log_sum(LogSum mine) {
+template <class T>
+__device__ LogSum<T> warp_log_sum(LogSum<T> mine, T scale) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) {
-    LogSum other;
+    LogSum<T> other;
     other.top = __shfl_xor_sync(kAllLanes, mine.top, step);
     other.sum = __shfl_xor_sync(kAllLanes, mine.sum, step);
-    mine.add(other);
+    mine.add(other, scale);
   }
   return mine;
 }
@@ -73,7 +85,8 @@ __device__ inline LogSum warp_log_sum(LogSum mine) {
 template <class T>
 __global__ void prepare(Arguments a) {
   const Problem<T> p(a, false);
-  for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) p.work.v[j] = 0.0;
+  for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x)
+    p.work.v[j] = 0.0, p.potential()[j] = static_cast<T>(0);
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.work.row_of[j] = -1;
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) p.work.u[i] = 0.0, p.work.column_of[i] = -1;
   if (threadIdx.x == 0) {
@@ -84,16 +97,43 @@ __global__ void prepare(Arguments a) {
   }
 }
 
-// Exponents of the lowest and of the highest set bit of x.
-__device__ inline void exponents(double x, int& low, int& high) {
-  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(x)) & 0x7fffffffffffffffULL;
-  if (bits == 0) return;
-  const int exponent = static_cast<int>(bits >> 52);
-  const uint64_t mantissa = (bits & 0xfffffffffffffULL) | (exponent > 0 ? uint64_t{1} << 52 : 0);
-  const int unit = (exponent > 0 ? exponent : 1) - 1075;
-  low = min(low, unit + __ffsll(static_cast<long long>(mantissa)) - 1);
-  high = max(high, unit + 63 - __clzll(static_cast<long long>(mantissa)));
-}
+// The lowest set bit of all numbers, and the largest number, as exponents.
+template <class T>
+struct Exponents;
+
+template <>
+struct Exponents<float> {
+  int low = 2000;
+  unsigned largest = 0;  // its bits
+  __device__ void add(float x) {
+    const unsigned bits = __float_as_uint(x) & 0x7fffffffu;
+    const unsigned exponent = bits >> 23;
+    const unsigned mantissa = (bits & 0x7fffffu) | (exponent > 0 ? 1u << 23 : 0u);
+    const int its_low = static_cast<int>(max(exponent, 1u)) - 151 + __ffs(static_cast<int>(mantissa));
+    low = bits == 0 ? low : min(low, its_low);
+    largest = max(largest, bits);
+  }
+  __device__ int high() const {
+    if (largest == 0) return -2000;
+    const int exponent = static_cast<int>(largest >> 23);
+    return exponent > 0 ? exponent - 127 : -118 - __clz(static_cast<int>(largest));
+  }
+};
+
+template <>
+struct Exponents<double> {
+  int low = 2000, highest = -2000;
+  __device__ void add(double x) {
+    const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(x)) & 0x7fffffffffffffffULL;
+    if (bits == 0) return;
+    const int exponent = static_cast<int>(bits >> 52);
+    const uint64_t mantissa = (bits & 0xfffffffffffffULL) | (exponent > 0 ? uint64_t{1} << 52 : 0);
+    const int unit = (exponent > 0 ? exponent : 1) - 1075;
+    low = min(low, unit + __ffsll(static_cast<long long>(mantissa)) - 1);
+    highest = max(highest, unit + 63 - __clzll(static_cast<long long>(mantissa)));
+  }
+  __device__ int high() const { return highest; }
+};
 
 // Grid (batch, stripes): column means over the finite costs; the grid of the costs; what must not
 // be there.
@@ -105,23 +145,22 @@ __global__ void column_means(Arguments a) {
   __shared__ int counts[kStripeThreads / kWarp][kStripe];
   double sum[4] = {0.0, 0.0, 0.0, 0.0};
   int count[4] = {0, 0, 0, 0};
-  int low = 2000, high = -2000, invalid = 0;
-  const int first = stripe_first();
-  for_stripe(p.costs, first, [&](int, const double (&x)[4]) {
+  int invalid = 0;
+  Exponents<T> exponents;
+  for_stripe(p.costs, stripe_first(), [&](int, const T (&x)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (is_finite(x[k])) {
-        sum[k] += x[k];
-        ++count[k];
-        exponents(x[k], low, high);
-      } else if (!(x[k] > 0.0)) {
-        invalid = 1;
-      }
+      const bool finite = x[k] - x[k] == 0;
+      const T its = finite ? x[k] : static_cast<T>(0);
+      sum[k] += static_cast<double>(its);
+      count[k] += finite;
+      exponents.add(its);
+      invalid |= !finite && !(x[k] > 0);
     }
   });
   Scalars& s = p.scalars();
-  low = __reduce_min_sync(kAllLanes, low);
-  high = __reduce_max_sync(kAllLanes, high);
+  const int low = __reduce_min_sync(kAllLanes, exponents.low);
+  const int high = __reduce_max_sync(kAllLanes, exponents.high());
   invalid = __any_sync(kAllLanes, invalid);
   if (lane_id() == 0) {
     atomicMin(&s.low_exponent, low);
@@ -140,7 +179,7 @@ __global__ void column_means(Arguments a) {
     int used = 0;
     for (int w = 0; w < warp_count(); ++w)
       total += sums[w][threadIdx.x], used += counts[w][threadIdx.x];
-    p.work.potential[column] = used > 0 ? total / used : infinity();
+    p.potential()[column] = static_cast<T>(used > 0 ? total / used : infinity());
   }
 }
 
@@ -148,9 +187,10 @@ __global__ void column_means(Arguments a) {
 // as get a row.
 template <class T>
 __device__ void threshold(const Problem<T>& p) {
-  const double* potential = p.work.potential;
+  const T* potential = p.potential();
   double least = infinity();
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) least = fmin(least, potential[j]);
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x)
+    least = fmin(least, static_cast<double>(potential[j]));
   least = block_min(least);
   const float rank_n = block_select(p.m, min(p.n, p.m - 1), [&](int j) {
     return fmaxf(static_cast<float>(potential[j] - least), 0.0f);
@@ -182,20 +222,25 @@ __device__ inline float ninth_lane(float x) {
   return is_finite(found) && found > 0.0f ? found : 0.0f;
 }
 
-// Grid (batch, rows / warps): row minima under both starts, and how far the next columns lie.
+// The k-th row of the sample that chooses the start.
+__device__ inline int sampled_row(int k, int n) {
+  return n <= kSampledRows ? k : static_cast<int>(static_cast<int64_t>(k) * n / kSampledRows);
+}
+
+// Grid (batch, sampled rows / warps): row minima under both starts, and how far the next columns lie.
 template <class T>
 __global__ void compare_rows(Arguments a) {
   const Problem<T> p(a);
-  const int row = row_of_warp();
-  if (row >= p.n || p.failed()) return;
+  const int k = row_of_warp();
+  if (k >= min(p.n, kSampledRows) || p.failed()) return;
   double least = infinity(), least_cost = infinity();
-  for_row(p.costs, row, [&](int first, const double (&x)[4]) {
+  for_row(p.costs, sampled_row(k, p.n), [&](int first, const T (&x)[4]) {
     double v[4];
     four(p.work.v, first, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      least_cost = lesser(least_cost, x[k]);
-      least = lesser(least, x[k] - v[k]);
+      least_cost = lesser(least_cost, static_cast<double>(x[k]));
+      least = lesser(least, static_cast<double>(x[k]) - v[k]);
     }
   });
   const double of_row = from_ordered(warp_min(ordered(least)));
@@ -203,28 +248,28 @@ __global__ void compare_rows(Arguments a) {
   const float spread = ninth_lane(static_cast<float>(least - of_row));
   const float cost_spread = ninth_lane(static_cast<float>(least_cost - of_costs));
   if (lane_id() != 0) return;
-  p.work.row_value[row] = of_row;
-  p.work.row_least[row] = of_costs;
-  p.work.row_spread[row] = spread;
-  p.work.cost_spread[row] = cost_spread;
+  p.work.row_value[k] = of_row - of_costs;
+  p.work.row_spread[k] = spread;
+  p.work.cost_spread[k] = cost_spread;
 }
 
-// Grid (batch): keep the start with the larger dual value, and set the temperature of the Sinkhorn
-// steps.
+// Grid (batch): keep the start with the larger dual value, as far as the sample tells, and set the
+// temperature of the Sinkhorn steps.
 template <class T>
 __global__ void choose_start(Arguments a) {
   const Problem<T> p(a);
   if (p.failed() || p.n == 0) return;
+  const int count = min(p.n, kSampledRows);
+  const double weight = static_cast<double>(p.n) / count;
   double gain = 0.0;
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x)
-    gain += p.work.row_value[i] - p.work.row_least[i];
+  for (int k = threadIdx.x; k < count; k += blockDim.x) gain += weight * p.work.row_value[k];
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) gain += p.work.v[j];
   const bool from_means = block_sum(gain) > 0.0;
   const float* spreads = from_means ? p.work.row_spread : p.work.cost_spread;
-  const double spread = block_select(p.n, p.n / 2, [&](int i) { return spreads[i]; });
+  const double spread = block_select(count, count / 2, [&](int k) { return spreads[k]; });
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) {
     if (!from_means) p.work.v[j] = 0.0;
-    p.work.potential[j] = p.work.v[j];
+    p.potential()[j] = static_cast<T>(p.work.v[j]);
   }
   if (threadIdx.x == 0) {
     p.scalars().from_means = from_means;
@@ -241,51 +286,65 @@ __global__ void sinkhorn_rows(Arguments a) {
   if (p.failed() || p.n == 0) return;
   const double temperature = p.scalars().temperature;
   if (!(temperature > 0.0)) return;
-  const double scale = 1.0 / temperature;
-  const double* potential = p.work.potential;
-  LogSum sum = LogSum::empty();
+  const T scale = static_cast<T>(1.0 / temperature);
+  const T* potential = p.potential();
+  LogSum<T> sum = LogSum<T>::empty();
   if (blockIdx.y + 1 == gridDim.y) {
     if (warp_id() > 0) return;
-    for (int j = lane_id(); j < p.m; j += kWarp) sum.add(potential[j] * scale);
-    const double slack = log(static_cast<double>(p.m - p.n)) - warp_log_sum(sum).value();
-    if (lane_id() == 0) p.scalars().slack = slack * temperature;
+    for (int first = 4 * lane_id(); first < p.m; first += 4 * kWarp) {
+      T z[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        z[k] = first + k < p.m ? potential[first + k] : static_cast<T>(-infinity());
+      sum.add(z, scale);
+    }
+    const double slack = temperature * log(static_cast<double>(p.m - p.n)) -
+                         warp_log_sum(sum, scale).value(temperature);
+    if (lane_id() == 0) p.scalars().slack = slack;
     return;
   }
   const int row = row_of_warp();
   if (row >= p.n) return;
-  for_row(p.costs, row, [&](int first, const double (&x)[4]) {
+  for_row(p.costs, row, [&](int first, const T (&x)[4]) {
+    T z[4];
+    four(potential, first, z);  // beyond the last column x is +inf
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (first + k < p.m) sum.add((potential[first + k] - x[k]) * scale);
+    for (int k = 0; k < 4; ++k) z[k] -= x[k];
+    sum.add(z, scale);
   });
-  sum = warp_log_sum(sum);
-  if (lane_id() == 0) p.work.row_value[row] = -temperature * sum.value();
+  sum = warp_log_sum(sum, scale);
+  if (lane_id() == 0) p.work.row_value[row] = -sum.value(temperature);
 }
 
-// Grid (batch, stripes): column potentials.
+// Grid (batch, stripes): column potentials. With those of the rows just made from them, no exponent is
+// positive; columns that no row could want much are wanted as much as a float shows.
 template <class T>
 __global__ void sinkhorn_columns(Arguments a) {
   const Problem<T> p(a);
   if (p.failed() || p.n == 0 || stripe_start() >= p.m) return;
   const double temperature = p.scalars().temperature;
   if (!(temperature > 0.0)) return;
-  __shared__ LogSum sums[kStripeThreads / kWarp][kStripe];
-  const double scale = 1.0 / temperature;
-  LogSum sum[4] = {LogSum::empty(), LogSum::empty(), LogSum::empty(), LogSum::empty()};
-  for_stripe(p.costs, stripe_first(), [&](int row, const double (&x)[4]) {
-    const double f = p.work.row_value[row];
+  __shared__ float sums[kStripeThreads / kWarp][kStripe];
+  const T scale = static_cast<T>(1.0 / temperature);
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  T before[4] = {0, 0, 0, 0};
+  if (stripe_first() < p.m) four(p.potential(), stripe_first(), before);
+  for_stripe(p.costs, stripe_first(), [&](int row, const T (&x)[4]) {
+    const T f = static_cast<T>(p.work.row_value[row]);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) sum[k].add((f - x[k]) * scale);
+    for (int k = 0; k < 4; ++k)
+      sum[k] += __expf(static_cast<float>(((f - x[k]) + before[k]) * scale));
   });
 #pragma unroll
   for (int k = 0; k < 4; ++k) sums[warp_id()][4 * lane_id() + k] = sum[k];
   __syncthreads();
   const int column = stripe_start() + static_cast<int>(threadIdx.x);
   if (threadIdx.x < kStripe && column < p.m) {
-    LogSum total = LogSum::empty();
-    if (p.m > p.n) total.add(p.scalars().slack * scale);
-    for (int w = 0; w < warp_count(); ++w) total.add(sums[w][threadIdx.x]);
-    p.work.potential[column] = -temperature * total.value();
+    const double old = static_cast<double>(p.potential()[column]);
+    float total = p.m > p.n ? __expf(static_cast<float>((p.scalars().slack + old) / temperature)) : 0.0f;
+    for (int w = 0; w < warp_count(); ++w) total += sums[w][threadIdx.x];
+    p.potential()[column] =
+        static_cast<T>(old - temperature * static_cast<double>(__logf(fmaxf(total, 1e-37f))));
   }
 }
 

@@ -158,9 +158,10 @@ inline float __double2float_rd(double x) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __clzll(long long x) {
   return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
 }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
-using std::fmax, std::fmin, std::ldexp, std::log, std::max, std::min, std::rint;
+using std::fmax, std::fmaxf, std::fmin, std::ldexp, std::log, std::max, std::min, std::rint;
