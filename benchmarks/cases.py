@@ -208,7 +208,9 @@ ATTENTION_LENGTHS = (
     Attention("B32-256", 32, 32, 32, 256, 128, 1, image_tokens=144),
     Attention("B16-512", 16, 32, 32, 512, 128, 1, image_tokens=256),
     *(Attention(f"B{b}-{n}", b, 32, 32, n, 128, 1) for n in (640, 1200) for b in (1, 4, 16)),
+    Attention("B4-640-padded", 4, 32, 32, 640, 128, 1, image_tokens=400, padding=160),
     Attention("B16-1200-padded", 16, 32, 32, 1200, 128, 1, padding=300),
+    Attention("packed-16x640", 1, 32, 32, 10240, 128, 1, documents=16),
     Attention("packed-8x1024", 1, 32, 32, 8192, 128, 1, documents=8),
     Attention("B1-16k", 1, 32, 32, 16384, 128, 16),
 )

@@ -99,20 +99,22 @@ def _causal(backend: str) -> Callable[[Attention, torch.device], Callable]:
     return prepare
 
 
-def flex_block_mask(case: Attention, device: torch.device) -> object:
+def flex_block_mask(
+    case: Attention, device: torch.device, block_size: tuple[int, int] = (128, 128)
+) -> object:
     """FlexAttention's mask of the case, one for all samples and heads."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     starts, ends = (x.to(device) for x in case.row_bounds())
     length = case.length
+    options = {"device": device, "BLOCK_SIZE": block_size}
     if not starts.any():
         return create_block_mask(
-            lambda b, h, i, j: j < ends[i], None, None, length, length, device=device
+            lambda b, h, i, j: j < ends[i], None, None, length, length, **options
         )
     return create_block_mask(
-        lambda b, h, i, j: (j >= starts[i]) & (j < ends[i]), None, None, length, length,
-        device=device,
-    )  # fmt: skip
+        lambda b, h, i, j: (j >= starts[i]) & (j < ends[i]), None, None, length, length, **options
+    )
 
 
 def _flex(**options: object) -> Callable[[Attention, torch.device], Callable]:
@@ -176,15 +178,26 @@ def _flash4_mask(case: Attention, device: torch.device) -> Callable:
 
     @cute.jit
     def visible(batch, head, row, key, seqlen_info, aux_tensors):
+        start, end = (cute.make_rmem_tensor(1, cutlass.Int32) for _ in range(2))
+        start[0] = aux_tensors[0][row[0]]
+        end[0] = aux_tensors[1][row[0]]
+        return (key >= start.load()) & (key < end.load())
+
+    @cute.jit
+    def visible_from_the_first(batch, head, row, key, seqlen_info, aux_tensors):
         end = cute.make_rmem_tensor(1, cutlass.Int32)
         end[0] = aux_tensors[0][row[0]]
         return key < end.load()
 
-    mask = flex_block_mask(case, device)
+    starts, ends = case.row_bounds()
+    packed = bool(starts.any())
+    bounds = [starts, ends] if packed else [ends]
+    # Its tiles for D = 256 have 80 keys, which must divide a block, or 64.
+    mask = flex_block_mask(case, device, (128, 64 if case.head_dim > 128 else 128))
     sizes = {"block_size": mask.BLOCK_SIZE}
     return _flash4(
-        mask_mod=visible,
-        aux_tensors=[case.row_bounds()[1].to(device, torch.int32)],
+        mask_mod=visible if packed else visible_from_the_first,
+        aux_tensors=[x.to(device, torch.int32) for x in bounds],
         block_sparse_tensors=BlockSparseTensorsTorch(
             mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
             **sizes,
@@ -213,7 +226,7 @@ ATTENTION = (
 )
 
 
-SWEEP = tuple(peer for peer in ATTENTION if peer.name in ("flex", "cudnn-causal"))
+SWEEP = tuple(p for p in ATTENTION if p.name in ("flex", "fa4-mask-mod", "cudnn-causal"))
 
 
 # --- costs: prepare() -> call(tokens (B, N, C), pool (M, C)) --------------------------------------

@@ -1,6 +1,7 @@
 """Building the mask of one step against FlexAttention's block mask and a dense one."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -87,4 +88,76 @@ def test_mask_build(
     measure(
         benchmark, lambda: build(spans, case.batch, case.length), device, ceiling, work,
         op="mask_build", case=case.name, provider=peer.name, direction="fwd",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Build:
+    """A constructor at a shape of training; every row of ``size`` tokens holds one image."""
+
+    name: str
+    kind: str
+    batch: int
+    length: int
+    size: int
+
+    def arguments(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Whether a token is visual, a mask of padding, documents, their borders, labels, spans."""
+        position = torch.arange(self.length, device=device)
+        within = position % self.size
+        image = (within >= cases.FIRST_IMAGE) & (within < cases.FIRST_IMAGE + cases.IMAGE_TOKENS)
+        padding = (position < self.length - 8).float()
+        labels = torch.where(position < cases.FIRST_IMAGE + cases.IMAGE_TOKENS, -100, 7)
+        rows = (image, padding, position // self.size, labels)
+        borders = torch.arange(0, self.length + 1, self.size, device=device, dtype=torch.int32)
+        firsts = [cases.FIRST_IMAGE + s for s in range(0, self.length, self.size)]
+        spans = [[b, f, f + cases.IMAGE_TOKENS] for b in range(self.batch) for f in firsts]
+        expanded = (x.expand(self.batch, -1).contiguous() for x in rows)
+        return (*expanded, borders, torch.tensor(spans, dtype=torch.int32, device=device))
+
+    def call(self, device: torch.device) -> Callable[[], MixedMask]:
+        """What makes the mask."""
+        visual, padding, ids, labels, borders, spans = self.arguments(device)
+        lengths = torch.full((self.batch,), 641, dtype=torch.int32, device=device)
+        make = MixedMask.from_token_types
+        return {
+            "types": lambda: make(visual),
+            "padded": lambda: make(visual, padding),
+            "documents": lambda: make(visual, padding, ids),
+            "cu_seqlens": lambda: make(visual, cu_seqlens=borders),
+            "window": lambda: make(
+                visual, cu_seqlens=borders, sliding_window=1024, spans_exceed_window=True
+            ),
+            "spans": lambda: MixedMask.from_spans(spans, self.batch, self.length),
+            "prefix": lambda: MixedMask.prefix(lengths, self.length),
+            "labels": lambda: MixedMask.from_labels(labels, padding),
+            "causal": lambda: MixedMask.causal(self.batch, self.length, device=device),
+        }[self.kind]
+
+
+BUILDS = tuple(
+    Build(f"{kind}-{b}x{n}", kind, b, n, size)
+    for b, n, size, kinds in (
+        (4, 1024, 1024, ("types", "padded", "spans", "prefix", "labels", "causal")),
+        (16, 1200, 1200, ("padded", "spans", "labels")),
+        (2, 8192, 1024, ("types", "documents", "spans")),
+        (1, 32768, 1024, ("types", "cu_seqlens", "window", "spans")),
+    )
+    for kind in kinds
+)
+
+
+@pytest.mark.cases(cuda=BUILDS, cpu=BUILDS[:2])
+@pytest.mark.parametrize("peer", [CROC], ids=lambda peer: peer.name)
+def test_mask_constructors(
+    benchmark: object, device: torch.device, ceiling: Ceiling, case: Build, peer: peers.Peer
+) -> None:
+    call = case.call(device)
+    mask, want = call(), case.call(torch.device("cpu"))()
+    for name, value in vars(want).items():
+        assert value is None or torch.equal(getattr(mask, name).cpu(), value), name
+    work = Work(bytes=16.0 * case.batch * case.length)
+    measure(
+        benchmark, call, device, ceiling, work,
+        op="mask_constructors", case=case.name, provider=peer.name, direction="fwd",
     )  # fmt: skip
