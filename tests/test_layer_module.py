@@ -91,12 +91,13 @@ def test_layer_in_bfloat16(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_layer_under_autocast(recipe: str) -> None:
-    layer = ck.CrocLayer(C, M, recipe).eval()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_layer_under_autocast(recipe: str, device: str) -> None:
+    layer = ck.CrocLayer(C, M, recipe, device=device).eval()
     layer.head.requires_grad_(True)
-    projector = nn.Linear(C, C)
-    with torch.autocast("cpu", torch.bfloat16):
-        features = projector(features_of(LENGTHS))
+    projector = nn.Linear(C, C, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        features = projector(features_of(LENGTHS).to(device))
         assert features.dtype == torch.bfloat16
         torch.manual_seed(1)
         loss = run_stage(layer, features, LENGTHS)
@@ -148,13 +149,15 @@ _COMPILED = """
 import sys, torch, croc_kernels as ck
 torch.set_num_threads(1)
 recipe, dynamic = sys.argv[1], {"static": False, "dynamic": None}[sys.argv[2]]
+backend, device = sys.argv[3:]
+torch.set_default_device(device)
 layer = ck.CrocLayer(16, 40, recipe).eval()
 
 def step(features, lengths):
     replacement = layer.replace(features, lengths)
     return layer.loss(2 * replacement.embeddings, replacement), replacement.masked
 
-compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=backend)
 for seed, lengths in enumerate(((12, 12), (12, 5), (8, 20), (9, 21))):
     features = torch.randn(sum(lengths), 16)
     runs = []
@@ -172,8 +175,17 @@ print("same")
 
 
 @pytest.mark.parametrize(("recipe", "mode"), [("croc", "static"), ("croc-released", "dynamic")])
-def test_layer_compiles_in_one_graph_in_a_fresh_process(recipe: str, mode: str) -> None:
-    command = [sys.executable, "-c", _COMPILED, recipe, mode]
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        pytest.param("aot_eager", "cpu", id="cpu"),
+        pytest.param("inductor", "cuda", id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+def test_layer_compiles_in_one_graph_in_a_fresh_process(
+    recipe: str, mode: str, backend: str, device: str
+) -> None:
+    command = [sys.executable, "-c", _COMPILED, recipe, mode, backend, device]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.stdout.strip() == "same", result.stderr[-2000:]
 
