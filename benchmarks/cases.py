@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from croc_kernels import MixedMask
+from croc_kernels.assignment.families import FAMILIES, make_costs
 from croc_kernels.testing import clustered_tokens
 
 FIRST_IMAGE = 35  # tokens of the system prompt before the first image
@@ -94,7 +95,7 @@ class Matching:
     """Tokens of ``batch`` images matched to a pool; ``kind`` sets how hard the assignment is.
 
     ``init``: pool = randn against unit-norm clustered tokens (the start of training). ``trained``:
-    pool rows near the tokens' clusters. ``uniform``: random costs.
+    pool rows near the tokens' clusters.
     """
 
     name: str
@@ -118,15 +119,6 @@ class Matching:
             noise = tokens[pick] + 0.5 * noise / self.dim**0.5
         return noise.to(device, dtype)
 
-    def cost(self, device: torch.device) -> Tensor:
-        """(B, N, M) float32 costs, contiguous."""
-        if self.kind == "uniform":
-            generator = torch.Generator().manual_seed(2)
-            shape = (self.batch, self.num_tokens, self.pool_size)
-            return torch.rand(shape, generator=generator).to(device)
-        tokens = self.tokens(device, torch.float32)
-        return torch.cdist(tokens, self.pool(device, torch.float32)[None]).contiguous()
-
     def cost_flops(self) -> float:
         """The product of tokens and pool."""
         return 2.0 * self.batch * self.num_tokens * self.pool_size * self.dim
@@ -136,6 +128,26 @@ class Matching:
         rows = self.batch * self.num_tokens
         result = 4.0 * rows * self.pool_size if with_matrix else 8.0 * rows
         return (rows + self.pool_size) * self.dim * itemsize + result
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Problems of a family of ``croc_kernels.assignment.families``."""
+
+    family: str
+    batch: int
+    rows: int = 432
+    columns: int = 2048
+
+    @property
+    def name(self) -> str:
+        """``init-B4``, and with another number of rows ``init-2016-B4``."""
+        rows = "" if self.rows == 432 else f"-{self.rows}"
+        return f"{self.family}{rows}-B{self.batch}"
+
+    def cost(self, device: torch.device) -> Tensor:
+        """(B, N, M) float32 costs, contiguous."""
+        return make_costs(self.family, self.batch, self.rows, self.columns, device=device)
 
 
 @dataclass(frozen=True)
@@ -224,16 +236,14 @@ ATTENTION_LENGTHS_CPU = (
 )
 COST_GPU = tuple(Matching(f"cost-B{b}", b) for b in (4, 32, 128))
 COST_CPU = (Matching("cost-B1-C256", 1, dim=256),)
-ASSIGNMENT_GPU = tuple(
-    Matching(f"{kind}-B{b}", b, kind=kind)
-    for kind in ("init", "trained", "uniform")
-    for b in (4, 32, 128)
+ASSIGNMENT_GPU = (
+    *(Assignment(f, b) for f in ("init", "trained", "uniform") for b in (4, 32, 128)),
+    *(Assignment(f, 8) for f in FAMILIES if f not in ("init", "trained", "uniform")),
+    *(Assignment(f, b, 547) for f in ("init", "trained") for b in (4, 32)),  # SigLIP 2
+    *(Assignment(f, b, 1536) for f in ("init", "trained") for b in (4, 32)),  # Qwen
+    *(Assignment(f, b, 2016) for f in ("init", "trained") for b in (4, 32)),
 )
-ASSIGNMENT_CPU = (
-    Matching("init-B2", 2, kind="init", dim=1024),
-    Matching("trained-B2", 2, kind="trained", dim=1024),
-    Matching("uniform-B4", 4, kind="uniform"),
-)
+ASSIGNMENT_CPU = (Assignment("init", 2), Assignment("trained", 2), Assignment("uniform", 4))
 REPLACEMENT_GPU = (Replacement("croc-1k-B16", 16, 1024), Replacement("croc-2k-B32", 32, 2048))
 REPLACEMENT_CPU = (Replacement("croc-800-B2-C512", 2, 800, dim=512),)
 STEP_GPU = (Matching("step-init-B4", 4), Matching("step-trained-B32", 32, kind="trained"))
