@@ -8,30 +8,45 @@ from typing import Any
 import pytest
 import torch
 import transformers_zoo as zoo
-from transformers_stage import RECIPES, attached
+from transformers_stage import RECIPES, attached, cases
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers_stage"])
 RANKS = 2
 
 
+OF_TEXT = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
+
+
 def batch_of_rank(inputs: dict[str, Any], rank: int) -> dict[str, Any]:
     """All three samples on the first rank, the last one, which is text alone, on the second."""
     if rank == 0:
         return inputs
-    return {name: inputs[name][2:] for name in ("input_ids", "attention_mask", "labels")}
+    return {name: inputs[name][2:] for name in OF_TEXT if name in inputs}
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def run_rank(rank: int, recipe: str, store: Path) -> None:
+def units(model: torch.nn.Module, everywhere: bool) -> list[torch.nn.Module]:
+    """What becomes a unit of its own below the root: the language model's layers, or all that
+    accelerate takes by default, in its order.
+    """
+    if not everywhere:
+        return list(model.model.language_model.layers)
+    whole = [m for m in model.modules() if type(m).__name__ in set(model._no_split_modules)]
+    embedding = model.get_input_embeddings()
+    tied = embedding.weight is model.get_output_embeddings().weight
+    return [*reversed(whole), *([] if tied else [embedding])]
+
+
+def run_rank(rank: int, name: str, recipe: str, everywhere: bool, store: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
-    case = zoo.CASES["llava"]
+    case = zoo.CASES[name]
     # With every token masked there is nothing left to draw: ranks may be compared.
     model = attached(case, recipe, mask_ratio=1.0)
     inputs = zoo.batch(case, case.model())
@@ -52,8 +67,8 @@ def run_rank(rank: int, recipe: str, store: Path) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS
     )
     mesh = init_device_mesh("cpu", (RANKS,))
-    for layer in model.model.language_model.layers:
-        fully_shard(layer, mesh=mesh)
+    for unit in units(model, everywhere):
+        fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh)
     loss = model(**batch_of_rank(inputs, rank)).loss
     assert abs(loss.item() - own_loss) <= 1e-6 * abs(own_loss)
@@ -67,13 +82,25 @@ def run_rank(rank: int, recipe: str, store: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_two_sharded_ranks_have_the_gradients_of_one(recipe: str, tmp_path: Path) -> None:
-    """A rank without an image must join every collective, or the other waits for ever."""
-    ranks = [CONTEXT.Process(target=run_rank, args=(r, recipe, tmp_path / "s")) for r in (0, 1)]
+def run_two_ranks(*arguments: Any) -> None:
+    ranks = [CONTEXT.Process(target=run_rank, args=(rank, *arguments)) for rank in (0, 1)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(100)
         process.kill()
     assert [process.exitcode for process in ranks] == [0, 0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_sharded_ranks_have_the_gradients_of_one(recipe: str, tmp_path: Path) -> None:
+    """A rank without an image must join every collective, or the other waits for ever."""
+    run_two_ranks("llava", recipe, False, tmp_path / "store")
+
+
+@pytest.mark.parametrize("case", cases("llava"))
+def test_units_inside_the_vision_tower(case: zoo.Case, tmp_path: Path) -> None:
+    """accelerate's default: there a rank without an image runs the tower on one of zeros."""
+    if case.missing:
+        pytest.skip(case.missing)
+    run_two_ranks(case.name, "croc", True, tmp_path / "store")

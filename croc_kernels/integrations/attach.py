@@ -8,7 +8,8 @@ from ..layer import CrocLayer
 from . import outputs
 from .families import family_of
 from .faults import check_transformers
-from .seams import ATTRIBUTE, CONFIG_ENTRY, MODULE, Attachment
+from .seams import Attachment
+from .wiring import ATTRIBUTE, CONFIG_ENTRY, MODULE, connect, restore, switch_attention
 
 
 def attachment_of(function: str, model: nn.Module) -> Attachment:
@@ -97,9 +98,9 @@ def attach(
         f"config.{CONFIG_ENTRY}: {entry}",
     ]
     outputs.declare(model)
-    attachment.connect()
+    connect(attachment)
     if not causal:
-        attachment.switch_attention()
+        switch_attention(attachment)
     return layer
 
 
@@ -114,7 +115,7 @@ def detach(model: nn.Module) -> CrocLayer:
     """
     attachment = attachment_of("detach", model)
     layer = attachment.layer
-    attachment.restore()
+    restore(attachment)
     return layer
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .attach import attachment_of
-from .seams import CONFIG_ENTRY, MODULE
+from .wiring import CONFIG_ENTRY, MODULE
 
 _FILE = "modeling_normalized.py"
 

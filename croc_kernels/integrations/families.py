@@ -22,6 +22,8 @@ class Family:
             there too.
         divided: up to 4.57 the features leave the model divided by sqrt(C), because the language
             model multiplies all its inputs by it.
+        pixels: how an image is handed in: a ``"square"``, ``"tiles"`` of it, Qwen's ``"patches"``,
+            or patches with their ``"positions"``.
         joined: in some versions (5.8 is one) the tokens of all images come as one matrix, and
             ``image_position_ids`` tell where each image ends.
     """
@@ -32,19 +34,20 @@ class Family:
     deepstack: bool = False
     divided: bool = False
     joined: bool = False
+    pixels: str = "square"
 
 
 FAMILIES = {
     family.class_name: family
     for family in (
         Family("LlavaForConditionalGeneration"),
-        Family("LlavaNextForConditionalGeneration", newline=True),
-        Family("LlavaOnevisionForConditionalGeneration", newline=True),
+        Family("LlavaNextForConditionalGeneration", newline=True, pixels="tiles"),
+        Family("LlavaOnevisionForConditionalGeneration", newline=True, pixels="tiles"),
         Family("InternVLForConditionalGeneration", spans="runs"),
-        Family("Qwen2_5_VLForConditionalGeneration"),
-        Family("Qwen3VLForConditionalGeneration", deepstack=True),
+        Family("Qwen2_5_VLForConditionalGeneration", pixels="patches"),
+        Family("Qwen3VLForConditionalGeneration", deepstack=True, pixels="patches"),
         Family("Gemma3ForConditionalGeneration"),
-        Family("Gemma4ForConditionalGeneration", joined=True),
+        Family("Gemma4ForConditionalGeneration", joined=True, pixels="positions"),
         Family("PaliGemmaForConditionalGeneration", divided=True),
     )
 }

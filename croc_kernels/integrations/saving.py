@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import attach
-from .seams import CONFIG_ENTRY, MODULE
+from .wiring import CONFIG_ENTRY, MODULE
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

@@ -10,20 +10,16 @@ where FSDP and ZeRO have the parameters whole, and inside autocast.
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import MethodType
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..layer import CrocLayer, Replacement
-from . import attention_interface, families, outputs, recipe_mask, touch
+from . import attention_interface, dummy, families, outputs, recipe_mask, touch, wiring
 
-ATTRIBUTE = "_croc_attachment"
-MODULE = "croc"
-CONFIG_ENTRY = "croc"
 _RECIPE_INPUTS = ("num_masked_in_batch",)
 _CAPTURED = (
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "pixel_values",
@@ -43,24 +39,13 @@ class _Step:
     reconstruction: Tensor | None = None
 
 
-@dataclass
-class _Undo:
-    """What :func:`detach` puts back."""
-
-    hooks: list[Any] = field(default_factory=list)
-    configs: list[tuple[Any, Any]] = field(default_factory=list)
-    methods: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
-    config_entry: Any = None
-    changes: list[str] = field(default_factory=list)
-
-
 class Attachment:
     """The seams between one model and its :class:`CrocLayer`; made by :func:`attach`."""
 
     def __init__(self, model: nn.Module, family: families.Family) -> None:
         self.model = model
         self.family = family
-        self.undo = _Undo()
+        self.undo = wiring.Undo()
         self.step: _Step | None = None
         self.image_token = families.image_token_id(model.config)
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
@@ -80,7 +65,7 @@ class Attachment:
     @property
     def layer(self) -> CrocLayer:
         """Read from the module tree at every use: ZeRO and FSDP swap what is registered there."""
-        return getattr(self.model, MODULE)
+        return getattr(self.model, wiring.MODULE)
 
     # --- the root's forward ---------------------------------------------------------------------
 
@@ -88,7 +73,7 @@ class Attachment:
         """The root's forward between :meth:`_begin` and :meth:`_finish`."""
         kwargs = self._begin(args, kwargs)
         try:
-            return self._finish(self._original(self.model, "forward")(*args, **kwargs))
+            return self._finish(self.undo.original(self.model, "forward")(*args, **kwargs))
         finally:
             self.step = None
 
@@ -146,7 +131,7 @@ class Attachment:
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """Image features: inside a forward those of the stage, else the projector's own."""
-        output = self._original(self.inner, "get_image_features")(*args, **kwargs)
+        output = self.undo.original(self.inner, "get_image_features")(*args, **kwargs)
         # generate() may encode images beforehand and hand them to forward, which comes by here.
         if self.step is None:
             return output
@@ -195,7 +180,7 @@ class Attachment:
 
     def pack_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """``pack_image_features`` of the model inside, remembering which rows are newlines."""
-        pack = self._original(self.inner, "pack_image_features")
+        pack = self.undo.original(self.inner, "pack_image_features")
         if self.step is None:
             return pack(*args, **kwargs)
         arguments = dict(inspect.signature(pack).bind(*args, **kwargs).arguments)
@@ -232,8 +217,31 @@ class Attachment:
         """Hand the recipe's mask to the language model, wherever it differs from the model's own:
         with images, and with labels where they end a prefix, whatever else is in the batch.
         """
+        step, changed = self.step, {}
+        if step is None:
+            return None
+        if not step.row_lengths and step.inputs["labels"] is not None:
+            changed |= self._keep_step(kwargs["inputs_embeds"])
+        mask = self._recipe_mask(module, kwargs.get("attention_mask"))
+        changed |= {} if mask is None else {"attention_mask": mask}
+        return (args, kwargs | changed) if changed else None
+
+    def _keep_step(self, embeds: Tensor) -> dict[str, Any]:
+        """Without images: have the image path join the collectives of the ranks that have some."""
+        if not dummy.is_needed(self.inner, self.language_model):
+            return {}
+        step, self.step = self.step, None
+        try:
+            inputs = dummy.inputs_of(self.family, self.inner, embeds)
+            features = dummy.tensors_of(self.inner.get_image_features(**inputs))
+        finally:
+            self.step = step
+        return {"inputs_embeds": touch.with_zero_gradients(embeds, features)}
+
+    def _recipe_mask(self, module: nn.Module, incoming: Any) -> Any:
+        """What the layers get as their mask, or None to leave the model's own."""
         step, attention = self.step, self.layer.recipe.attention
-        if step is None or attention == "causal":
+        if attention == "causal":
             return None
         if not step.row_lengths and (attention != "prefix" or step.inputs["labels"] is None):
             return None
@@ -244,7 +252,6 @@ class Attachment:
             )
         cache = step.inputs["past_key_values"]
         recipe_mask.check_first(cache)
-        incoming = kwargs.get("attention_mask")
         length = self._ids().shape[1]
         window, layer_types = recipe_mask.window_of(module.config)
         keys = functools.partial(recipe_mask.key_length, cache=cache, length=length)
@@ -254,10 +261,10 @@ class Attachment:
                 own = incoming.get(kind) if isinstance(incoming, dict) else incoming
                 mask = self._mask(window if kind == "sliding_attention" else None)
                 masks[kind] = recipe_mask.packed_for(mask, keys(own))
-            return args, kwargs | {"attention_mask": masks}
+            return masks
         has_types = getattr(module.config, "layer_types", None) is not None
         mask = self._mask(None if has_types else window)
-        return args, kwargs | {"attention_mask": recipe_mask.packed_for(mask, keys(incoming))}
+        return recipe_mask.packed_for(mask, keys(incoming))
 
     def _ids(self) -> Tensor:
         """The token ids; the labels in their place where a batch without images has embeddings."""
@@ -308,93 +315,3 @@ class Attachment:
             return loss
         # Trainer counts the labels that are predicted: all but the first of each row.
         return loss * (step.inputs["labels"][:, 1:] != -100).sum() / total
-
-    # --- the seams --------------------------------------------------------------------------------
-
-    def _original(self, module: nn.Module, name: str) -> Callable[..., Any]:
-        """The method as it was before :meth:`wrap`."""
-        for owner, method, saved in self.undo.methods:
-            if owner is module and method == name and saved is not None:
-                return saved
-        return functools.partial(getattr(type(module), name), module)
-
-    def connect(self) -> None:
-        """Wrap and hook everything, and note it down."""
-        note = self.undo.changes.append
-        wrapped = [
-            (self.model, "forward", "adds the reconstruction loss to output.loss"),
-            (self.inner, "get_image_features", "normalises, masks and replaces inside forward"),
-        ]
-        if self.family.newline:
-            wrapped.append((self.inner, "pack_image_features", "finds newline rows"))
-        for module, name, purpose in wrapped:
-            self._wrap(module, name)
-            note(f"{type(module).__name__}.{name} (this instance): {purpose}")
-        text = self.language_model
-        self.undo.hooks = [
-            self.inner.register_forward_pre_hook(self.before_inner, with_kwargs=True),
-            text.register_forward_pre_hook(self.before_language_model, with_kwargs=True),
-            text.register_forward_hook(self.after_language_model),
-        ]
-        name = type(text).__name__
-        note(
-            f"{type(self.inner).__name__}: forward pre-hook (refuses calls past the root's forward)"
-        )
-        note(f"{name}: forward pre-hook (the recipe's mask)")
-        note(f"{name}: forward hook (reconstruction from the last hidden states)")
-
-    def _wrap(self, module: nn.Module, name: str) -> None:
-        """Put this object's method of that name in the instance's place."""
-        self.undo.methods.append((module, name, module.__dict__.get(name)))
-        setattr(module, ATTRIBUTE, self)
-        setattr(module, name, MethodType(_wrapper(type(module), name), module))
-
-    def switch_attention(self) -> None:
-        """Let the text config, wherever it is shared, ask for ``"croc"``."""
-        attention_interface.register()
-        seen: dict[int, Any] = {}
-        for config in [self.model.config.get_text_config(), *(
-            getattr(module, "config", None) for module in self.language_model.modules()
-        )]:  # fmt: skip
-            if config is not None and hasattr(config, "_attn_implementation"):
-                seen.setdefault(id(config), config)
-        for config in seen.values():
-            self.undo.configs.append((config, config._attn_implementation))
-            config._attn_implementation = attention_interface.NAME
-        before = self.undo.configs[0][1]
-        self.undo.changes.append(f'text config: attn_implementation "{before}" -> "croc"')
-        self.undo.changes.append(
-            'global: transformers knows attn_implementation "croc" (register())'
-        )
-
-    def restore(self) -> None:
-        """Undo everything."""
-        for hook in self.undo.hooks:
-            hook.remove()
-        for module, name, saved in reversed(self.undo.methods):
-            if saved is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, saved)
-        for config, implementation in self.undo.configs:
-            config._attn_implementation = implementation
-        delattr(self.model, MODULE)
-        delattr(self.model.config, CONFIG_ENTRY)
-        if self.undo.config_entry is not None:
-            setattr(self.model.config, CONFIG_ENTRY, self.undo.config_entry)
-        for module in (self.model, self.inner):
-            delattr(module, ATTRIBUTE)
-
-
-@functools.cache
-def _wrapper(cls: type[nn.Module], name: str) -> Callable[..., Any]:
-    """A method that goes to the attachment's of the same name. Its signature stays: Trainer, PEFT
-    and generate look at it. It finds the attachment through ``self``, so a deep copy of the model
-    has its own.
-    """
-
-    @functools.wraps(getattr(cls, name))
-    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return getattr(getattr(self, ATTRIBUTE), name)(*args, **kwargs)
-
-    return method
