@@ -237,8 +237,12 @@ def test_transformers_out_of_range_is_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("version", "word", "known"),
     [
-        ("5.23.0", "packed rows", True),
-        ("5.22.2", "packed rows", False),
+        ("5.23.0", "sliding layers", True),
+        ("5.22.2", "sliding layers", False),
+        ("4.57.6", "packed rows of PaliGemma", True),
+        ("5.8.1", "packed rows of PaliGemma", False),
+        ("5.9.0", "packed rows of PaliGemma", True),
+        ("5.24.0", "packed rows of PaliGemma", False),
         ("5.17.0", "mm_encoder_outputs", True),
         ("5.18.0", "mm_encoder_outputs", False),
         ("5.17.0", "flash_attention", True),

@@ -32,7 +32,8 @@ _INEXPRESSIBLE = {
 
 PACKED = (
     'attn_implementation="croc": position_ids restart within a row, but the mask that transformers '
-    "made lets documents see each other; packed rows need use_cache=False and no attention_mask"
+    "made lets documents see each other; packed rows need use_cache=False and no attention_mask, "
+    "and PaliGemma transformers >= 5"
 )
 
 
@@ -224,10 +225,10 @@ def croc_attention(
         mask = _mask_of_none(causal, query.shape[0], num_queries, num_keys, query.device)
     elif is_packed(attention_mask) and attention_mask.shape[3] == num_queries + num_keys:
         mask = unpack_mask(attention_mask, num_queries)
-        if _is_first_of_kind(module) and num_queries == num_keys:
-            _check_documents(mask, kwargs.get("position_ids"))
     else:
         mask = _mask_of_dense(attention_mask, query.shape[0], num_queries, num_keys)
+    if attention_mask is not None and num_queries == num_keys and _is_first_of_kind(module):
+        _check_documents(mask, kwargs.get("position_ids"))
     out = attend(query, key, value, mask, scaling, softcap)
     return out.transpose(1, 2).contiguous(), None
 
@@ -248,13 +249,15 @@ def _check_documents(mask: MixedMask, position_ids: Tensor | None) -> None:
     follows padding or is padding (positions that don't go on counting; released Croc's mask shows
     it). transformers looks for documents only without a cache and without padding.
     """
-    if position_ids is None or position_ids.dim() != 2 or mask.visible_until is not None:
+    if position_ids is None or position_ids.dim() != 2:
         return
     place = torch.arange(1, mask.start.shape[1], device=mask.start.device)
     step = position_ids[:, 1:] - position_ids[:, :-1]
     restarts = (step < 0) & torch.nn.functional.pad(step[:, 1:] == 1, (0, 1))
     follows = mask.end[:, :-1] > mask.start[:, :-1]
     crosses = (mask.start[:, 1:] < place) & (mask.end[:, 1:] > place)
+    if mask.visible_until is not None:
+        crosses &= place < mask.visible_until[:, :-1]
     torch._assert_async(~(restarts & follows & crosses).any(), PACKED)
 
 

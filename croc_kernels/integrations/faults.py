@@ -23,22 +23,32 @@ _FAULTS: tuple[tuple[tuple[int, ...], tuple[int, ...] | None, str], ...] = (
         (4, 57, 0),
         None,
         "flash_attention_2/3/4 drop the image-bidirectional part of the mask without a warning "
-        "(Gemma 3, Gemma 4, "
-        'PaliGemma, Molmo2): use attn_implementation="croc", or "sdpa"',
+        '(Gemma 3, Gemma 4, PaliGemma, Molmo2): use attn_implementation="croc", or "sdpa"',
     ),
     (
         (4, 57, 0),
         None,
         "a 4-D float mask of ones and zeros is added to the scores, not inverted as 4.37 did: the "
-        "released Croc "
-        "code leaks later answer tokens without an error",
+        "released Croc code leaks later answer tokens without an error",
     ),
     (
         (5, 23, 0),
         None,
         "packed rows (position_ids that restart) lose the image block in sliding layers with "
-        "eager, sdpa and "
-        'flex_attention (Gemma 3): attn_implementation="croc" repairs the mask',
+        'eager, sdpa and flex_attention (Gemma 3, Gemma 4): attn_implementation="croc" repairs the '
+        "mask",
+    ),
+    (
+        (4, 57, 0),
+        (5, 0, 0),
+        "packed rows of PaliGemma: the prefixes of all documents see each other; "
+        'attn_implementation="croc" refuses them',
+    ),
+    (
+        (5, 9, 0),
+        (5, 24, 0),
+        "packed rows of PaliGemma: the prefixes of all documents see each other; "
+        'attn_implementation="croc" repairs the mask',
     ),
     (
         (5, 0, 0),

@@ -76,6 +76,33 @@ def prefix_lengths(labels: Tensor | None, batch: int, length: int, device: torch
     return torch.where(labels != -100, place, length).amin(1)
 
 
+def packed_prefix(labels: Tensor | None, documents: Tensor, window: int | None) -> MixedMask:
+    """The prefix mask of packed rows: in each document, what precedes its first supervised label is
+    visible to all of it; a document without one is all prefix.
+
+    Args:
+        labels: (B, L), or None.
+        documents: (B, L) ids, 1 to L, that never decrease along a row.
+        window: rows see at most so many keys up to their own.
+    """
+    batch, length = documents.shape
+    place = torch.arange(length, device=documents.device).expand(batch, length)
+    supervised = place.new_full((batch, length), length)
+    if labels is not None:
+        supervised = torch.where(labels != -100, place, length)
+
+    def of_document(values: Tensor, reduce: str) -> Tensor:
+        per_document = values.new_full((batch, length + 1), length if reduce == "amin" else 0)
+        return per_document.scatter_reduce(1, documents, values, reduce).gather(1, documents)
+
+    start, last = of_document(place, "amin"), of_document(place + 1, "amax")
+    end = torch.maximum(place + 1, torch.minimum(of_document(supervised, "amin"), last))
+    if window is not None:
+        start = torch.maximum(start, place - window + 1)
+    start, end = start.to(torch.int32), end.to(torch.int32)
+    return MixedMask.from_rows(start, end, length, may_have_holes=False)
+
+
 def key_length(incoming: Any, cache: Any, length: int) -> int:
     """How many keys the layers will have: more than the rows only where a static cache is
     filled.

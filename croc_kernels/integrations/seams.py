@@ -280,6 +280,8 @@ class Attachment:
         if padding is None and inputs["past_key_values"] is None:
             documents = recipe_mask.documents_of(inputs["position_ids"], batch)
         mask, options = attention_interface.MixedMask, {"sliding_window": window}
+        if self.layer.recipe.attention == "prefix" and documents is not None:
+            return recipe_mask.packed_prefix(inputs["labels"], documents, window)
         if self.layer.recipe.attention == "prefix":
             prefix = recipe_mask.prefix_lengths(inputs["labels"], batch, length, ids.device)
             return mask.prefix(prefix, length, padding, **options)
