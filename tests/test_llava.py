@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from llava_standins import IGNORE, IMAGE, build, plain_stage
+from model_snapshot import snapshot
 from torch import nn
 
 from croc_kernels.integrations import llava
@@ -78,7 +79,7 @@ def test_llava_attach_equals_plain_loops(recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_llava_attach_generates_and_detach_restores(recipe):
     model = build(recipe).eval()
-    before = {name: id(value) for name, value in model.__dict__.items()}
+    before = snapshot(model)[:2]
     parameters = {name: value.clone() for name, value in model.state_dict().items()}
     layer = attach(model, recipe)
     if recipe != "croc":
@@ -91,7 +92,7 @@ def test_llava_attach_generates_and_detach_restores(recipe):
     with pytest.raises(RuntimeError, match="must not be attached yet"):
         llava.attach(model, recipe)
     llava.detach(model)
-    assert {name: id(value) for name, value in model.__dict__.items()} == before
+    assert snapshot(model)[:2] == before
     assert model.config._attn_implementation == "eager"
     pools = [name for name in parameters if "mask_token" in name or "token_pool" in name]
     for name, value in model.state_dict().items():

@@ -10,26 +10,11 @@ import pytest
 import torch
 import transformers
 import transformers_zoo as zoo
+from model_snapshot import snapshot
 from transformers_stage import RECIPES, attached, cases
 
 from croc_kernels import CrocLayer
 from croc_kernels.integrations import transformers as croc
-
-
-def snapshot(model):
-    """Everything detach has to restore."""
-    modules = {}
-    for name, module in model.named_modules():
-        hooks = [len(getattr(module, k)) for k in module.__dict__ if k.endswith("_hooks")]
-        plain = {k for k in module.__dict__ if not k.startswith("_previous")}
-        modules[name] = (type(module), id(module), plain, hooks)
-    configs = {
-        name: (module.config.to_dict(), module.config._attn_implementation)
-        for name, module in model.named_modules()
-        if hasattr(module, "config")
-    }
-    state = {k: (id(v), v.clone()) for k, v in model.named_parameters()}
-    return modules, configs, state
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -39,17 +24,21 @@ def test_detach_restores_the_instance(case, recipe):
         pytest.skip(case.missing)
     model = case.model()
     inputs = zoo.batch(case, model)
-    before, expected = snapshot(model), model(**inputs)
-    methods = {k: v for k, v in vars(type(model.model)).items() if callable(v)}
-    layer = croc.attach(model, recipe, pool_size=24, num_heads=2)
-    model.train()
-    model(**inputs)
-    assert croc.detach(model.eval()) is layer
+    expected = model(**inputs)
+    before = snapshot(model)
+    for _ in range(2):
+        layer = croc.attach(model, recipe, pool_size=24, num_heads=2)
+        model.train()
+        model(**inputs)
+        with pytest.raises(ValueError, match="pixel_values_videos"):
+            model(**inputs, pixel_values_videos=torch.zeros(1))
+        assert croc.detach(model.eval()) is layer
     after = snapshot(model)
-    assert after[0] == before[0]
-    assert after[1] == before[1]
+    for name, attributes in before[0].items():
+        assert after[0][name] == attributes, name
+    assert after[:2] == before[:2]
     assert after[2].keys() == before[2].keys()
-    assert {k: v for k, v in vars(type(model.model)).items() if callable(v)} == methods
+    assert all(torch.equal(after[2][name], value) for name, value in before[2].items())
     assert torch.equal(model(**inputs).logits, expected.logits)
 
 
