@@ -1,6 +1,7 @@
 """Masks, inputs and comparisons that every test of mixed attention shares."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -91,6 +92,37 @@ MASKS: dict[str, Callable[[int, int, str], MixedMask]] = {
     ),
     "cache-holes": lambda b, n, d: _holes(b, n, d, num_queries=max(n // 2, 1)),
 }  # fmt: skip
+
+
+# The vectors of a mask that kernels read.
+VECTORS = ("start", "end", "row_start", "row_end", "visible_until")
+
+
+def as_views(mask: MixedMask, names: tuple[str, ...] = VECTORS) -> MixedMask:
+    """The same mask, its vectors ``names`` rows of one tensor, as transformers' layers get them."""
+    vectors = {n: getattr(mask, n) for n in names if getattr(mask, n) is not None}
+    width = max(x.shape[1] for x in vectors.values()) + 5
+    packed = mask.start.new_zeros((mask.batch, len(vectors), width))
+    for i, x in enumerate(vectors.values()):
+        packed[:, i, : x.shape[1]] = x
+    views = {n: packed[:, i, : x.shape[1]] for i, (n, x) in enumerate(vectors.items())}
+    return replace(mask, **views)
+
+
+def expanded(mask: MixedMask) -> MixedMask:
+    """Its second sample for a batch of one sample less: vectors with a stride of 0."""
+    vectors = {n: getattr(mask, n) for n in VECTORS if getattr(mask, n) is not None}
+    return replace(
+        mask,
+        token_faults=None,
+        **{n: x[1:2].expand(mask.batch - 1, -1) for n, x in vectors.items()},
+    )
+
+
+def every_second(mask: MixedMask) -> MixedMask:
+    """The same mask, its vectors strided: what kernels are not made for."""
+    vectors = {n: getattr(mask, n) for n in VECTORS if getattr(mask, n) is not None}
+    return replace(mask, **{n: x.repeat_interleave(2, 1)[:, ::2] for n, x in vectors.items()})
 
 
 def inputs(

@@ -5,14 +5,25 @@ import math
 
 import pytest
 import torch
-from mixed_attention_cases import MASKS, check, gradients, inputs
+from mixed_attention_cases import (
+    MASKS,
+    VECTORS,
+    as_views,
+    check,
+    every_second,
+    expanded,
+    gradients,
+    inputs,
+)
 
 from croc_kernels.attention import config
 from croc_kernels.attention.api import mixed_attention
 from croc_kernels.attention.mask import MixedMask
+from croc_kernels.testing import assert_within_budget, max_error
 
 pytestmark = pytest.mark.gpu
 
+DEVICE = "cuda"
 HALVES = [torch.bfloat16, torch.float16]
 
 
@@ -165,12 +176,84 @@ def test_gpu_takes_strides_without_a_copy():
     assert torch.equal(got, want)
 
 
-def test_gpu_unaligned_rows():
+@pytest.mark.parametrize("dim", [64, 80])
+def test_gpu_unaligned_rows(dim):
+    """The plain kernel takes them bit for bit as copies; where copies go to another kernel, which
+    adds up in another order, both are held to the reference.
+    """
     mask = MASKS["visual"](1, 200, "cuda")
-    flat = torch.randn(3, 200, 4, 65, device="cuda", dtype=torch.bfloat16)
-    q, k, v = (x[None, :, :, 1:].transpose(1, 2) for x in flat)
-    want = mixed_attention(q.contiguous(), k.contiguous(), v.contiguous(), mask)
-    assert torch.equal(mixed_attention(q, k, v, mask), want)
+    flat = torch.randn(3, 200, 4, dim + 1, device="cuda", dtype=torch.bfloat16)
+    views = [x[None, :, :, 1:].transpose(1, 2) for x in flat]
+    copies = [x.contiguous() for x in views]
+    assert not any(config.tma_aligned(x) for x in views)
+    got = check(run(mask, deterministic=True), *views, mask, 1 / math.sqrt(dim))
+    want = check(run(mask, deterministic=True), *copies, mask, 1 / math.sqrt(dim))
+    taken = config.pick_hopper_forward(
+        config.arch_of(copies[0]), dim, torch.bfloat16, 200, plain_scores=True, aligned=True
+    )
+    if taken is None:
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("make", [as_views, every_second, expanded])
+@pytest.mark.parametrize("name", ["left", "packed", "cache", "until"])
+def test_gpu_masks_that_are_views(name, make, dim, deterministic):
+    """Vectors whose samples are not next to each other, as transformers' layers get them."""
+    mask = make(MASKS[name](3, 700, "cuda"))
+    assert not mask.start.is_contiguous()
+    q, k, v = inputs(mask, 4, 2, dim, torch.bfloat16)
+    check(run(mask, deterministic=deterministic), q, k, v, mask, 1 / math.sqrt(dim))
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("vector", VECTORS)
+def test_gpu_steps_by_the_stride_of_each_vector_of_the_mask(vector, dim):
+    mask = MASKS["holes" if vector == "visible_until" else "right"](3, 700, "cuda")
+    q, k, v = inputs(mask, 4, 2, dim, torch.bfloat16)
+    want = gradients(run(mask, deterministic=True), q, k, v, torch.bfloat16)
+    views = as_views(mask, (vector,))
+    assert getattr(views, vector).stride(0) != getattr(mask, vector).stride(0)
+    got = gradients(run(views, deterministic=True), q, k, v, torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("size", [16, 64, 128])
+def test_gpu_llama_with_padding_equals_eager(size, side):
+    """A batch of three through ``attn_implementation="croc"``: logits and gradients."""
+    transformers = pytest.importorskip("transformers")
+    import transformers_zoo as zoo
+
+    from croc_kernels.integrations.attention_interface import register
+
+    register()
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(zoo.llama(head_dim=size)).to(DEVICE)
+    ids = torch.randint(3, 90, (3, 150), device=DEVICE)
+    valid = torch.ones_like(ids)
+    for row, padding in ((0, 31), (2, 7)):
+        valid[row, slice(0, padding) if side == "left" else slice(150 - padding, 150)] = 0
+
+    def step(attention, halves):
+        model.set_attn_implementation(attention)
+        model.zero_grad()
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=halves):
+            logits = model(input_ids=ids, attention_mask=valid).logits
+        logits = logits[valid.bool()].float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[valid.bool()])
+        loss.backward()
+        return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    exact = step("eager", False)
+    for halves in (False, True):
+        got, plain = step("croc", halves), step("eager", halves)
+        for value, truth, yardstick in zip(got, exact, plain, strict=True):
+            if halves:
+                assert_within_budget(value, truth, yardstick, torch.bfloat16, "autocast")
+            else:
+                assert max_error(value, truth) <= 64 * 2.0**-23 * truth.abs().max()
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -10,7 +10,16 @@ import os
 
 import pytest
 import torch
-from mixed_attention_cases import MASKS, check, gradients, inputs
+from mixed_attention_cases import (
+    MASKS,
+    VECTORS,
+    as_views,
+    check,
+    every_second,
+    expanded,
+    gradients,
+    inputs,
+)
 
 from croc_kernels.attention import config, hopper_backward
 from croc_kernels.attention.api import mixed_attention
@@ -126,6 +135,27 @@ def test_kernels_take_strides_and_repeat_bitwise():
     )
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+def test_kernels_step_by_the_stride_of_each_vector_of_the_mask(vector):
+    """Forward and both halves of the backward used to take a batch of vectors for contiguous."""
+    mask = MASKS["holes"](3, 40, "cpu")
+    q, k, v = inputs(mask, 1, 1, 16, torch.float32)
+    want = gradients(run(mask, deterministic=True), q, k, v, torch.float32)
+    views = as_views(mask, (vector,))
+    assert getattr(views, vector).stride(0) != getattr(mask, vector).stride(0)
+    got = gradients(run(views, deterministic=True), q, k, v, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("make", [as_views, every_second, expanded])
+@pytest.mark.parametrize("name", ["left", "holes", "cache"])
+def test_kernels_take_masks_that_are_views(name, make):
+    mask = make(MASKS[name](3, 40, "cpu"))
+    assert not mask.start.is_contiguous()
+    q, k, v = inputs(mask, 2, 1, 16, torch.float16)
+    check(run(mask, deterministic=True), q, k, v, mask, 0.25)
 
 
 def test_kernels_refuse_what_they_do_not_have():

@@ -53,7 +53,7 @@ def forward_case(
     constants = _shape_constants(dim, softcap, until, group, precision) | picked.constants()
     signature = {
         "q_ptr": pointer, "k_ptr": pointer, "v_ptr": pointer, "out_ptr": pointer,
-        "lse_ptr": "*fp32", "bounds": ("*i32",) * 3, "strides": ("i32",) * 12,
+        "lse_ptr": "*fp32", "bounds": ("*i32",) * 3, "strides": ("i32",) * 15,
         "inner": "fp32", "outer": "fp32",
         "num_queries": "i32", "num_keys": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
@@ -82,7 +82,7 @@ def backward_case(
     signature = {
         "tensors": (pointer,) * 4, "stats": ("*fp32",) * 2,
         "grads": (pointer,) * 3,
-        "bounds": ("*i32",) * 5, "strides": ("i32",) * 21,
+        "bounds": ("*i32",) * 5, "strides": ("i32",) * 26,
         "inner": "fp32", "outer": "fp32", "scale": "fp32",
         "num_queries": "i32", "num_keys": "i32", "key_programs": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip

@@ -116,14 +116,14 @@ def _dkdv_program(
     dk_ptr, dv_ptr = grads[1], grads[2]
     row_start_ptr, row_end_ptr, until_ptr = bounds[2], bounds[3], bounds[4]
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, g_b, g_h, g_l = strides[:12]
-    dk_b, dk_h, dk_l, dv_b, dv_h, dv_l = strides[15:]
+    dk_b, dk_h, dk_l, dv_b, dv_h, dv_l = strides[15:21]
     tiles = tl.cdiv(num_keys, BLOCK_N)
     key = program % tiles * BLOCK_N
     plane = program // tiles
     batch = tl.cast(plane // (HEADS // GROUP), tl.int64)
     key_head = tl.cast(plane % (HEADS // GROUP), tl.int64)
-    row_start_ptr += batch * num_keys
-    row_end_ptr += batch * num_keys
+    row_start_ptr += batch * strides[23]
+    row_end_ptr += batch * strides[24]
     last_key = tl.minimum(key + BLOCK_N, num_keys) - 1
     offs = tl.arange(0, BLOCK_N)
     keys = key + offs
@@ -135,7 +135,7 @@ def _dkdv_program(
         low, high, tl.load(row_start_ptr + last_key), tl.load(row_end_ptr + key), BLOCK_M
     )
     if HAS_UNTIL:
-        until = tl.load(until_ptr + batch * num_keys + keys, mask=inside, other=0)
+        until = tl.load(until_ptr + batch * strides[25] + keys, mask=inside, other=0)
         key_high = tl.minimum(key_high, until)
     keep = key_low < key_high
 
@@ -184,8 +184,9 @@ def _dq_program(
     row = (tiles - 1 - program % tiles) * BLOCK_M
     plane = program // tiles
     batch, head = tl.cast(plane // HEADS, tl.int64), tl.cast(plane % HEADS, tl.int64)
-    start_ptr += batch * num_queries
-    end_ptr += batch * num_queries
+    start_ptr += batch * strides[21]
+    end_ptr += batch * strides[22]
+    until_ptr += batch * strides[25]
     last_row = tl.minimum(row + BLOCK_M, num_queries) - 1
     offs = tl.arange(0, BLOCK_M)
     rows = row + offs
@@ -217,7 +218,7 @@ def _dq_program(
         keep = (keys >= low) & (keys < high)
         until = keys
         if HAS_UNTIL:
-            until = tl.load(until_ptr + batch * num_keys + keys, mask=keep, other=0)
+            until = tl.load(until_ptr + keys, mask=keep, other=0)
             keep = keep & (until > 0)
         k1 = load_tile(k_base, n, offs_n, cols1, k_l, keep)
         k2 = load_tile(k_base, n, offs_n, cols2, k_l, keep) if D2 > 0 else k1
@@ -313,6 +314,9 @@ def mixed_attention_bwd(
                 deterministic,
             )  # fmt: skip
         return tuple(grads)
+    bounds, between = config.by_sample(
+        start, end, row_start, row_end, end if visible_until is None else visible_until
+    )
     picked = config.pick_backward(arch, dim, q.dtype, q.shape[2])
     (batch, heads, length, _), (_, key_heads, num_keys, _) = q.shape, k.shape
     key_programs = triton.cdiv(num_keys, picked.keys_block_n) * batch * key_heads
@@ -320,9 +324,8 @@ def mixed_attention_bwd(
     with config.on_device(q):
         delta = _delta(out, grad_out, grad_lse)
         _mixed_attention_bwd_kernel[(key_programs + query_programs,)](
-            (q, k, v, grad_out), (lse, delta), tuple(grads),
-            (start, end, row_start, row_end, end if visible_until is None else visible_until),
-            tuple(s for x in (q, k, v, grad_out, *grads) for s in x.stride()[:3]),
+            (q, k, v, grad_out), (lse, delta), tuple(grads), bounds,
+            (*(s for x in (q, k, v, grad_out, *grads) for s in x.stride()[:3]), *between),
             *config.factors(scale, softcap), scale, length, num_keys, key_programs,
             HAS_UNTIL=visible_until is not None, HAS_SOFTCAP=softcap != 0.0,
             **config.shape_constants(q, k), **picked.constants(),

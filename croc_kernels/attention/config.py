@@ -240,6 +240,14 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def by_sample(*vectors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """(B, L) vectors of a mask as kernels read them, neighbours side by side, and the distance from
+    sample to sample: views into one tensor, and one row expanded to all samples, are not copied.
+    """
+    vectors = tuple(x if x.stride(1) == 1 else x.contiguous() for x in vectors)
+    return vectors, tuple(x.stride(0) if x.shape[0] > 1 else 0 for x in vectors)
+
+
 def factors(scale: float, softcap: float) -> tuple[float, float]:
     """(inner, outer): base-2 logits are outer * s without a soft cap, outer * tanh(inner * s) with
     one.

@@ -63,13 +63,13 @@ def _mixed_attention_fwd_kernel(
 ):  # fmt: skip
     """One (BLOCK_M, D) tile of the output per program, last first; grid = (tiles * B * H,)."""
     start_ptr, end_ptr, until_ptr = bounds
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l = strides
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, start_b, end_b, until_b = strides
     tiles = tl.cdiv(num_queries, BLOCK_M)
     tile = tiles - 1 - tl.program_id(0) % tiles
     plane = tl.program_id(0) // tiles
     batch, head = tl.cast(plane // HEADS, tl.int64), tl.cast(plane % HEADS, tl.int64)
-    start_ptr += batch * num_queries
-    end_ptr += batch * num_queries
+    start_ptr += batch * start_b
+    end_ptr += batch * end_b
 
     row = tile * BLOCK_M
     last_row = tl.minimum(row + BLOCK_M, num_queries) - 1
@@ -89,7 +89,7 @@ def _mixed_attention_fwd_kernel(
     q2 = load_tile(q_base, row, offs, cols2, q_l, inside) if D2 > 0 else q1
     k_base = k_ptr + batch * k_b + head // GROUP * k_h
     v_base = v_ptr + batch * v_b + head // GROUP * v_h
-    until_base = until_ptr + batch * num_keys
+    until_base = until_ptr + batch * until_b
 
     acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     acc2 = tl.zeros([BLOCK_M, D2 if D2 > 0 else 16], tl.float32)
@@ -128,13 +128,13 @@ def mixed_attention_fwd(
         with config.on_device(q):
             hopper_fwd(q, k, v, start, end, scale, out, lse, hopper)
         return out, lse
+    bounds, between = config.by_sample(start, end, end if visible_until is None else visible_until)
     picked = config.pick_forward(arch, dim, q.dtype, length)
     grid = (triton.cdiv(length, picked.block_m) * batch * heads,)
     with config.on_device(q):
         _mixed_attention_fwd_kernel[grid](
-            q, k, v, out, lse,
-            (start, end, end if visible_until is None else visible_until),
-            tuple(s for x in (q, k, v, out) for s in x.stride()[:3]),
+            q, k, v, out, lse, bounds,
+            (*(s for x in (q, k, v, out) for s in x.stride()[:3]), *between),
             *config.factors(scale, softcap), length, k.shape[2],
             HAS_UNTIL=visible_until is not None, HAS_SOFTCAP=softcap != 0.0,
             **config.shape_constants(q, k), **picked.constants(),

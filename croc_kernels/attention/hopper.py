@@ -3,6 +3,7 @@ and descriptors for the copy engine.
 """
 
 from torch import Tensor
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -14,6 +15,12 @@ tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 # Made once: a launch is short enough for the host to notice.
 _TILES = gl.NVMMASharedLayout(128, 16, 4)
+
+
+@gluon.jit
+def of_sample(vector, batch):
+    """One sample's part of a vector of the mask, which is a pointer and the stride of its batch."""
+    return vector[0] + batch.to(gl.int64) * vector[1]
 
 
 def tile_descriptor(x: Tensor, block: int) -> TensorDescriptor:

@@ -8,6 +8,8 @@ from . import config, hopper_backward, hopper_forward
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALIGNED = [["tt.divisibility", 16]]
+# A vector of the mask: see hopper.of_sample.
+_VECTOR = ("*i32", "i32")
 # Accepted spills, in bytes: values that the loop over rows does not touch. At most 36, 36, 64, 36,
 # 124 and 56 with triton 3.6.0 and 3.7.1 (3.9 spills less, 3.8 up to 828).
 SPILLS = {
@@ -37,11 +39,10 @@ def forward_case(
     constants = {"HEADS": 32, "GROUP": group, "D": dim} | picked.constants()
     signature = {
         "q_desc": row, "k_desc": key, "v_desc": key, "o_desc": row, "lse_ptr": "*fp32",
-        "start_ptr": "*i32", "end_ptr": "*i32", "outer": "fp32", "num_queries": "i32",
+        "start": _VECTOR, "end": _VECTOR, "outer": "fp32", "num_queries": "i32",
         "items": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
-    pointers = ("lse_ptr", "start_ptr", "end_ptr")
-    attrs = {(fn.arg_names.index(n),): _ALIGNED for n in pointers}
+    attrs = {(fn.arg_names.index("lse_ptr"),): _ALIGNED}
     name = f"mixed_attention_fwd_hopper-D{dim}-{name}-L{length}" + f"-group{group}" * (group > 1)
     return CompileCase(
         name, fn, signature, constants, attrs, 4, 1, True, SPILLS.get(name, 0)
@@ -60,8 +61,9 @@ def backward_case(
     constants |= picked.constants()
     signature = {
         "q_desc": row, "k_desc": key, "v_desc": key, "g_desc": row, "stats_desc": stats,
-        "dk_desc": key, "dv_desc": key, "dq_ptr": "*fp32", "bounds": ("*i32",) * 4,
-        "factors": ("fp32", "fp32"), "num_keys": "i32", "num_tiles": "i32",
+        "dk_desc": key, "dv_desc": key, "dq_ptr": "*fp32",
+        "bounds": (_VECTOR, _VECTOR, "*i32", "*i32"), "factors": ("fp32", "fp32"),
+        "num_keys": "i32", "num_tiles": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = {(fn.arg_names.index("dq_ptr"),): _ALIGNED}
     name = f"mixed_attention_bwd_hopper-D{dim}-{name}" + f"-group{group}" * (group > 1)

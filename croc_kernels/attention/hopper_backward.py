@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .config import LOG2_E, HopperBackwardConfig
+from .config import LOG2_E, HopperBackwardConfig, by_sample
 from .hopper import tile_descriptor
 from .hopper_backward_kernel import _mixed_attention_bwd_hopper_kernel
 
@@ -112,13 +112,14 @@ def hopper_bwd(
         HEADS=heads, D=dim, BLOCK_M=block_m, HAS_GRAD_LSE=grad_lse is not None, ORDERED=ordered,
         num_warps=8,
     )  # fmt: skip
+    bounds = (*zip(*by_sample(row_start, row_end), strict=True), dirty, turns)
     stats_desc = TensorDescriptor(
         stats, list(stats.shape), [2 * block_m, 1], [1, 2 * block_m], _STATISTICS
     )
     _mixed_attention_bwd_hopper_kernel[(triton.cdiv(num_keys, block_n) * batch * key_heads,)](
         tile_descriptor(q, block_m), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
         tile_descriptor(grad_out, block_m), stats_desc, tile_descriptor(grads[1], block_n),
-        tile_descriptor(grads[2], block_n), sums, (row_start, row_end, dirty, turns),
+        tile_descriptor(grads[2], block_n), sums, bounds,
         (scale * LOG2_E, scale), num_keys, tiles,
         HEADS=heads, GROUP=heads // key_heads, D=dim, ORDERED=ordered, num_warps=8,
         **picked.constants(),

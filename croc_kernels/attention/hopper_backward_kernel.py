@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper import barrier, tma_load, tma_store
+from .hopper import barrier, of_sample, tma_load, tma_store
 
 # Its name since triton 3.9.
 _PUBLIC: tl.constexpr = tl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -95,7 +95,7 @@ def _two_rows(smem, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def _turnstile(
-    turn_ptr, row_start_ptr, empty, ready, batch, key_head, key, first, past, num_keys, num_tiles,
+    turn_ptr, row_start, empty, ready, batch, key_head, key, first, past, num_keys, num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
@@ -108,8 +108,7 @@ def _turnstile(
         turn = key // BLOCK_N + 1
         next_first = past
         if key + BLOCK_N < num_keys:
-            row_start_ptr += batch.to(gl.int64) * num_keys
-            next_first = gl.load(row_start_ptr + key + BLOCK_N) // BLOCK_M * BLOCK_M
+            next_first = gl.load(of_sample(row_start, batch) + key + BLOCK_N) // BLOCK_M * BLOCK_M
         lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0
         step = 0
         for member in range(GROUP):
@@ -269,8 +268,7 @@ def _consumer(
     q_smem, k_smem, v_smem, g_smem, stats_smem, p_smem, ds_smem = tiles
     dtype: gl.constexpr = q_smem.dtype
 
-    row_start_ptr = bounds[0] + batch.to(gl.int64) * num_keys
-    row_end_ptr = bounds[1] + batch.to(gl.int64) * num_keys
+    row_start_ptr, row_end_ptr = of_sample(bounds[0], batch), of_sample(bounds[1], batch)
     keys = key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, s_layout))
     key_low = gl.load(row_start_ptr + keys, mask=keys < num_keys, other=0)
     key_high = gl.load(row_end_ptr + keys, mask=keys < num_keys, other=0)
@@ -315,6 +313,8 @@ def _mixed_attention_bwd_hopper_kernel(
 ):  # fmt: skip
     """One (BLOCK_N, D) tile of dK and dV per program; dQ is added up in float32.
 
+    ``bounds``: row_start and row_end as in ``of_sample``, then what the kernel before wrote.
+
     With ORDERED tile n of the keys waits at each tile of dQ for tile n + 1. That one has drawn its
     ticket before, so it is running or done, and with a causal mask it is ahead anyway.
     """
@@ -328,8 +328,7 @@ def _mixed_attention_bwd_hopper_kernel(
         key = (tiles - 1 - program % tiles) * BLOCK_N
     plane = program // tiles
     batch, key_head = plane // (HEADS // GROUP), plane % (HEADS // GROUP)
-    row_start_ptr = bounds[0] + batch.to(gl.int64) * num_keys
-    row_end_ptr = bounds[1] + batch.to(gl.int64) * num_keys
+    row_start_ptr, row_end_ptr = of_sample(bounds[0], batch), of_sample(bounds[1], batch)
     last_key = gl.minimum(key + BLOCK_N, num_keys) - 1
     low, high = gl.load(row_start_ptr + key), gl.load(row_end_ptr + last_key)
     full_low, full_high = gl.load(row_start_ptr + last_key), gl.load(row_end_ptr + key)

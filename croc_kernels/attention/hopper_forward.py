@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .config import LOG2_E, HopperForwardConfig
-from .hopper import barrier, tile_descriptor, tma_load, tma_store
+from .config import LOG2_E, HopperForwardConfig, by_sample
+from .hopper import barrier, of_sample, tile_descriptor, tma_load, tma_store
 
 
 @gluon.jit
@@ -30,7 +30,7 @@ def _turns(items):
 
 @gluon.jit
 def _item(
-    turn, items, start_ptr, end_ptr, num_queries,
+    turn, items, start, end, num_queries,
     HEADS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SECTION: gl.constexpr,
 ):  # fmt: skip
     """Head, first row and keys of one turn. SECTION heads share a stretch of turns, last rows
@@ -43,10 +43,9 @@ def _item(
     size = gl.minimum(SECTION, items // tiles - part * SECTION)
     plane = part * SECTION + within % size
     row = (tiles - 1 - within // size) * BLOCK_M
-    batch = plane // HEADS
-    first_row = batch.to(gl.int64) * num_queries + row
-    last_row = first_row + gl.minimum(BLOCK_M, num_queries - row) - 1
-    low, high = gl.load(start_ptr + first_row), gl.load(end_ptr + last_row)
+    last_row = gl.minimum(row + BLOCK_M, num_queries) - 1
+    start_row, end_row = of_sample(start, plane // HEADS), of_sample(end, plane // HEADS)
+    low, high = gl.load(start_row + row), gl.load(end_row + last_row)
     first = low // BLOCK_N * BLOCK_N
     # At least one tile of keys, so that both sides count the same: all of it is masked then.
     past = gl.maximum(first + BLOCK_N, gl.cdiv(high, BLOCK_N) * BLOCK_N)
@@ -76,12 +75,12 @@ def _produce(
     q_desc, k_desc, v_desc, bounds, tiles_smem, bars = operands
     q_smem, k_smem, v_smem, _o_smem = tiles_smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
-    start_ptr, end_ptr, num_queries, items = bounds
+    start, end, num_queries, items = bounds
     it = 0
     raw = 0
     for turn in range(_turns(items)):
         plane, row, low, high, first, past = _item(
-            turn, items, start_ptr, end_ptr, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
+            turn, items, start, end, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
         )
         batch, head = plane // HEADS, plane % HEADS
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
@@ -135,7 +134,7 @@ def _consume(
     o_desc, lse_ptr, outer, bounds, tiles_smem, bars = operands
     q_smem, k_smem, v_smem, o_smem = tiles_smem
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _v_raw = bars
-    start_ptr, end_ptr, num_queries, items = bounds
+    start, end, num_queries, items = bounds
     ROWS: gl.constexpr = BLOCK_M // GROUPS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -150,17 +149,17 @@ def _consume(
     it = 0
     for turn in range(_turns(items)):
         plane, row, _low, _high, first, past = _item(
-            turn, items, start_ptr, end_ptr, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
+            turn, items, start, end, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
         )
         row += PART * ROWS
         rows = row + gl.arange(0, ROWS, s_rows)
         inside = rows < num_queries
-        sample = (plane // HEADS).to(gl.int64) * num_queries
-        row_low = gl.load(start_ptr + sample + rows, mask=inside, other=0)
-        row_high = gl.load(end_ptr + sample + rows, mask=inside, other=0)
+        start_row, end_row = of_sample(start, plane // HEADS), of_sample(end, plane // HEADS)
+        row_low = gl.load(start_row + rows, mask=inside, other=0)
+        row_high = gl.load(end_row + rows, mask=inside, other=0)
         # What all of these rows see; rows past the end are clamped and never stored.
-        full_low = gl.load(start_ptr + sample + gl.minimum(row + ROWS, num_queries) - 1)
-        full_high = gl.load(end_ptr + sample + gl.minimum(row, num_queries - 1))
+        full_low = gl.load(start_row + gl.minimum(row + ROWS, num_queries) - 1)
+        full_high = gl.load(end_row + gl.minimum(row, num_queries - 1))
 
         mbarrier.wait(q_full, turn & 1)
         slot = it % STAGES
@@ -230,12 +229,15 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["num_queries", "items"])
 def _mixed_attention_fwd_hopper_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, start_ptr, end_ptr, outer, num_queries, items,
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, start, end, outer, num_queries, items,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, D) tiles of the output, ``items`` in all; grid = (multiprocessors,)."""
+    """(BLOCK_M, D) tiles of the output, ``items`` in all; grid = (multiprocessors,).
+
+    ``start`` and ``end``: see ``of_sample``.
+    """
     rows: gl.constexpr = BLOCK_M // GROUPS
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, rows, D], q_desc.layout)
@@ -262,7 +264,7 @@ def _mixed_attention_fwd_hopper_kernel(
     fence_async_shared()
     tiles_smem = (q_smem, k_smem, v_smem, o_smem)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
-    bounds = (start_ptr, end_ptr, num_queries, items)
+    bounds = (start, end, num_queries, items)
     consumed = (o_desc, lse_ptr, outer, bounds, tiles_smem, bars)
     produced = (q_desc, k_desc, v_desc, bounds, tiles_smem, bars)
     if GROUPS == 2:
@@ -298,8 +300,9 @@ def hopper_fwd(
     rows, block_n = picked.block_m // picked.groups, picked.block_n
     items = triton.cdiv(length, picked.block_m) * batch * heads
     programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    bounds = zip(*by_sample(start, end), strict=True)
     _mixed_attention_fwd_hopper_kernel[(programs,)](
         tile_descriptor(q, rows), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
-        tile_descriptor(out, rows), lse, start, end, scale * LOG2_E, length, items,
+        tile_descriptor(out, rows), lse, *bounds, scale * LOG2_E, length, items,
         HEADS=heads, GROUP=heads // k.shape[1], D=dim, **picked.constants(), num_warps=4,
     )  # fmt: skip
