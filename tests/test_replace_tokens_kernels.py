@@ -96,13 +96,13 @@ def test_replace_tokens_kernel_all_draw_one_row() -> None:
     assert grads[0].count_nonzero() == 40
 
 
-@pytest.mark.parametrize("sizes", [(4, 16, 4), (8, 64, 16), (16, 1024, 128)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 16, 4, 4), (8, 64, 16, 32), (16, 1024, 128, 256)], ids=str)
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("most", [1, 3, 13], ids=lambda most: f"{most}-of-13")
 def test_replace_tokens_kernel_sorts_what_was_drawn(
-    most: int, integer: torch.dtype, sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+    most: int, integer: torch.dtype, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, size in zip(("GROUP", "SORT_BLOCK", "SORT_LIST"), sizes, strict=True):
+    for name, size in zip(("GROUP", "SORT_BLOCK", "SORT_LIST", "CHUNK"), sizes, strict=True):
         monkeypatch.setattr(kernel, name, size)
     where = (torch.rand(5, 30) < 0.7).to(DEVICE)
     index = torch.randint(-1, most + 1, (5, 30), dtype=integer, device=DEVICE)
@@ -113,6 +113,29 @@ def test_replace_tokens_kernel_sorts_what_was_drawn(
     drawn = where & (index >= 0) & (index < 13)
     want = torch.zeros_like(pool).index_add_(0, index[drawn].long(), upstream[drawn])
     torch.testing.assert_close(got, want)
+
+
+def test_replace_tokens_kernel_sums_long_segments_in_chunks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Segments of 0 to 40 tokens against chunks of 8: within one, over an edge, over many, one that
+    # ends where the next begins, and two long ones that meet in a chunk.
+    monkeypatch.setattr(kernel, "CHUNK", 8)
+    lengths = [3, 8, 9, 0, 12, 40, 1, 17, 8, 24]
+    index = torch.arange(10).repeat_interleave(torch.tensor(lengths))
+    index = index[torch.randperm(len(index))].to(DEVICE)
+    where = torch.ones(len(index), dtype=torch.bool, device=DEVICE)
+    pool, upstream = draw(10, 2000).requires_grad_(), draw(len(index), 2000)
+    grads = [
+        torch.autograd.grad(
+            replace_tokens(upstream, where, pool, index, backend="triton"), pool, upstream
+        )[0]
+        for _ in range(2)
+    ]
+    assert torch.equal(*grads)
+    want = torch.zeros(10, 2000, dtype=torch.float64, device=DEVICE)
+    want.index_add_(0, index, upstream.double())
+    torch.testing.assert_close(grads[0].double(), want, rtol=0, atol=1e-5)
 
 
 def test_replace_tokens_kernel_bad_index_is_nan() -> None:

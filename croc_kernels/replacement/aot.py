@@ -6,6 +6,8 @@ from .layout import column_block
 
 DIM = 4096
 DTYPES = ("fp16", "bf16", "fp32")
+# Not a multiple of 16, or a tuple.
+_ODD = ("length", "columns", "sizes", "strides")
 
 
 def _case(
@@ -17,40 +19,42 @@ def _case(
     attrs = {
         (place,): [["tt.divisibility", 16]]
         for place, argument in enumerate(fn.arg_names)
-        if argument in types and argument not in ("length", "programs", "groups", "strides")
+        if argument in types and argument not in _ODD
     }
     if "strides" in types:
         place = fn.arg_names.index("strides")
         attrs |= {(place, i): [["tt.divisibility", 16]] for i in range(len(types["strides"]))}
+    if "sizes" in types:
+        place = fn.arg_names.index("sizes")
+        # Rows, components, pool rows.
+        attrs |= {(place, i): [["tt.divisibility", 16]] for i in (0, 2, 3)}
     return CompileCase(name, fn, signature, constants, attrs, 4, 3, has_dot=False)
 
 
-def _replacement_cases(dtype: str) -> list[CompileCase]:
-    accumulator = {"ACC": kernel.tl.float32}
+def _replacement_cases(dtype: str, arch: int) -> list[CompileCase]:
+    overlap = {"OVERLAP": arch >= 90}
     block = {"BLOCK_R": kernel.ROWS, "BLOCK_C": column_block(DIM)}
     sort = {"GROUP": kernel.GROUP, "BLOCK": kernel.SORT_BLOCK, "LIST": kernel.SORT_LIST}
     operands = {"where_ptr": "*i1", "index_ptr": "*i64"}
-    out, gradient = {"out_ptr": f"*{dtype}"}, {"grad_ptr": f"*{dtype}", "work_ptr": "*i32"}
-    rows = {"embeddings_ptr": f"*{dtype}", "pool_ptr": f"*{dtype}"}
-    strides = ("stride_gb", "stride_gl")
+    rows = {"embeddings_ptr": f"*{dtype}", "pool_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+    gradient = {"grad_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "pool_ptr": f"*{dtype}"}
+    gradient |= {"work_ptr": "*i32", "part_ptr": "*fp32", "sizes": ("i32",) * 6}
+    sums = {"SUM_R": kernel.SUM_ROWS, "CHUNK": kernel.CHUNK, "ACC": kernel.tl.float32}
+    columns = {"COLUMNS": DIM // column_block(DIM)}
     return [
         _case(
-            f"replace_tokens_fwd-{dtype}", kernel._replace_kernel, rows | operands | out,
+            f"replace_tokens_fwd-{dtype}", kernel._replace_kernel, rows | operands,
             ("rows", "length", "dim", "pool_size", "stride_eb", "stride_el", "stride_pm"), block,
         ),
         _case(
             f"replace_tokens_bwd-{dtype}", kernel._replace_gradient_kernel,
-            gradient | operands | out,
-            ("rows", "length", "dim", "pool_size", "groups", *strides),
-            block | {"BLOCK_R": kernel.GRADIENT_ROWS} | sort,
+            gradient | operands | {"strides": ("i32",) * 2}, (),
+            block | {"BLOCK_R": kernel.GRADIENT_ROWS} | sums | overlap,
         ),
         _case(
-            f"replace_tokens_bwd-pool-{dtype}", kernel._pool_gradient_kernel, gradient | out,
-            ("rows", "length", "dim", *strides),
-            {
-                "BLOCK_R": kernel.SUM_ROWS, "BLOCK_C": column_block(DIM, kernel.SUM_COLUMNS),
-                **accumulator,
-            },
+            f"replace_tokens_bwd-sort-{dtype}", kernel._sort_kernel,
+            operands | {"work_ptr": "*i32"}, ("rows", "pool_size", "columns"),
+            sort | columns | overlap,
         ),
     ]  # fmt: skip
 
@@ -85,8 +89,8 @@ def _loss_cases(dtype: str, target: str, selected: bool) -> list[CompileCase]:
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """One case per kernel and dtype; nothing here depends on ``arch``."""
-    cases = [case for dtype in DTYPES for case in _replacement_cases(dtype)]
+    """One case per kernel and dtype."""
+    cases = [case for dtype in DTYPES for case in _replacement_cases(dtype, arch)]
     cases += _loss_cases("bf16", "bf16", True) + _loss_cases("bf16", "fp32", True)
     cases += _loss_cases("fp16", "fp16", False) + _loss_cases("fp32", "fp32", False)
     names = ("items_ptr", "history_ptr", "divisor_ptr", "expected_ptr", "ticket_ptr")

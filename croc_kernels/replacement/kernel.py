@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .layout import accumulator, as_rows, column_block, on_device, row_offset
+from .layout import (
+    accumulator,
+    as_rows,
+    column_block,
+    gdc_launch_dependents,
+    gdc_wait,
+    launches_overlap,
+    on_device,
+    row_offset,
+)
 
 
 @triton.jit
@@ -114,62 +123,156 @@ def _keep_gradient(
 
 
 @triton.jit
-def _replace_gradient_kernel(
-    grad_ptr, where_ptr, index_ptr, out_ptr, work_ptr, rows, length, dim, pool_size, groups,
-    stride_gb, stride_gl, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, LIST: tl.constexpr,
+def _sort_kernel(
+    where_ptr, index_ptr, work_ptr, rows, pool_size, columns,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, LIST: tl.constexpr, COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Sort what drew each group of pool rows, and the embeddings' gradient beside it.
+    """Sort what drew GROUP pool rows, and no ticket drawn for them; grid = (cdiv(M, GROUP),).
 
-    grid = (groups + tiles of the gradient,). The sort waits for memory where the tiles wait for
-    bandwidth: H200, 32 x 2048 tokens, 98 us and 235 us alone, 256 together. The sums lose by the
-    same trick. Without groups it is left out.
+    The tickets, (pool_size, columns), lie behind what ``_order_group`` writes.
     """
-    program = tl.program_id(0)
-    if program < groups:
-        _order_group(
-            where_ptr, index_ptr, work_ptr, rows, pool_size, program, GROUP, BLOCK, LIST
-        )  # fmt: skip
-    else:
-        _keep_gradient(
-            grad_ptr, where_ptr, out_ptr, program - groups, rows, length, dim,
-            stride_gb, stride_gl, BLOCK_R, BLOCK_C,
-        )  # fmt: skip
+    if OVERLAP:
+        gdc_launch_dependents()
+    _order_group(
+        where_ptr, index_ptr, work_ptr, rows, pool_size, tl.program_id(0), GROUP, BLOCK, LIST
+    )  # fmt: skip
+    first = tl.program_id(0) * GROUP * columns
+    lane = tl.arange(0, GROUP * COLUMNS)
+    inside = (lane < GROUP * columns) & (first + lane < pool_size * columns)
+    tickets = work_ptr + 2 * rows + pool_size + 1
+    tl.store(tickets + first + lane, tl.zeros((GROUP * COLUMNS,), tl.int32), mask=inside)
 
 
 @triton.jit
-def _pool_gradient_kernel(
-    grad_ptr, work_ptr, out_ptr, rows, length, dim, stride_gb, stride_gl,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
+def _sum_rows(
+    grad_ptr, work_ptr, first, last, col, length, dim, strides,
+    BLOCK_R: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the gradient rows that drew one pool row; grid = (pool rows, cdiv(C, BLOCK_C)).
-
-    ``work`` is what ``_order_group`` wrote: the order of summation is a function of the indices.
-    """
-    m = tl.program_id(0)
-    col = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    bounds_ptr = work_ptr + 2 * rows
-    first, last = tl.load(bounds_ptr + m), tl.load(bounds_ptr + m + 1)
-    acc = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    """Sum of the gradient rows order[first:last], BLOCK_R at a time."""
+    acc = tl.zeros((BLOCK_R, col.shape[0]), ACC)
     for start in range(first, last, BLOCK_R):
         entry = start + tl.arange(0, BLOCK_R)
         row = tl.load(work_ptr + entry, mask=entry < last, other=0)
-        offset = row_offset(row, length, stride_gb, stride_gl)[:, None] + col[None, :]
+        offset = row_offset(row, length, strides[0], strides[1])[:, None] + col[None, :]
         mask = (entry < last)[:, None] & (col < dim)[None, :]
         acc += tl.load(grad_ptr + offset, mask=mask, other=0.0).to(ACC)
-    total = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + m.to(tl.int64) * dim + col, total, mask=col < dim)
+    return tl.sum(acc, axis=0)
+
+
+@triton.jit
+def _sum_part(
+    grad_ptr, work_ptr, pool_ptr, part_ptr, m, chunk, total, column, sizes, strides,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """What lies in one chunk of positions of pool row m's segment, if that is longer than CHUNK.
+
+    At most two such segments meet a chunk: one covers its first position, one begins behind it. So
+    there are two places for sums per chunk. Whoever draws the segment's last ticket adds up its
+    sums, in their order.
+    """
+    rows, length, dim, pool_size = sizes[0], sizes[1], sizes[2], sizes[3]
+    bounds_ptr = work_ptr + 2 * rows
+    col = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    first, last = tl.load(bounds_ptr + m), tl.load(bounds_ptr + m + 1)
+    if last - first > CHUNK:
+        low, high = chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, total)
+        part = _sum_rows(
+            grad_ptr, work_ptr, tl.maximum(first, low), tl.minimum(last, high), col, length, dim,
+            strides, BLOCK_R, ACC,
+        )  # fmt: skip
+        place = (2 * chunk + (first > low).to(tl.int32)).to(tl.int64)
+        tl.store(part_ptr + place * dim + col, part, mask=col < dim)
+        # All of this program's writes come before its ticket, all tickets before the last reads.
+        tl.debug_barrier()
+        ticket_ptr = bounds_ptr + pool_size + 1 + m * tl.cdiv(dim, BLOCK_C) + column
+        ticket = tl.atomic_add(ticket_ptr, 1)
+        begin, end = first // CHUNK, (last - 1) // CHUNK
+        if ticket == end - begin:
+            acc = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+            for start in range(begin, end + 1, BLOCK_R):
+                other = start + tl.arange(0, BLOCK_R)
+                places = (2 * other + (first > other * CHUNK).to(tl.int32)).to(tl.int64)
+                mask = (other <= end)[:, None] & (col < dim)[None, :]
+                part_ptrs = part_ptr + places[:, None] * dim + col[None, :]
+                acc += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+            whole = tl.sum(acc, axis=0).to(pool_ptr.dtype.element_ty)
+            tl.store(pool_ptr + m.to(tl.int64) * dim + col, whole, mask=col < dim)
+
+
+@triton.jit
+def _sum_chunk(
+    grad_ptr, where_ptr, index_ptr, work_ptr, pool_ptr, part_ptr, chunk, column, sizes, strides,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The long segments that meet CHUNK positions: of the first position and of the last."""
+    rows, pool_size = sizes[0], sizes[3]
+    total = tl.load(work_ptr + 2 * rows + pool_size)
+    low = chunk * CHUNK
+    if low < total:
+        high = tl.minimum(low + CHUNK, total)
+        one = tl.load(index_ptr + tl.load(work_ptr + low)).to(tl.int32)
+        two = tl.load(index_ptr + tl.load(work_ptr + high - 1)).to(tl.int32)
+        _sum_part(
+            grad_ptr, work_ptr, pool_ptr, part_ptr, one, chunk, total, column, sizes, strides,
+            BLOCK_R, BLOCK_C, CHUNK, ACC,
+        )  # fmt: skip
+        if two != one:
+            _sum_part(
+                grad_ptr, work_ptr, pool_ptr, part_ptr, two, chunk, total, column, sizes, strides,
+                BLOCK_R, BLOCK_C, CHUNK, ACC,
+            )  # fmt: skip
+
+
+@triton.jit
+def _replace_gradient_kernel(
+    grad_ptr, where_ptr, index_ptr, out_ptr, work_ptr, pool_ptr, part_ptr, sizes, strides,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SUM_R: tl.constexpr, CHUNK: tl.constexpr,
+    ACC: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Tiles of the embeddings' gradient; then sums of the gradient rows that drew one pool row.
+
+    sizes: rows, rows per image, components, pool rows, tiles, chunks. grid = (tiles + columns *
+    (chunks + pool rows),) with either part left out if it is not wanted. The tiles need nothing of
+    the sort and run beside it where kernels may overlap. Segments longer than CHUNK are summed in
+    chunks, as when all tokens drew one row. The order of summation is a function of the indices.
+    """
+    rows, length, dim, tiles, chunks = sizes[0], sizes[1], sizes[2], sizes[4], sizes[5]
+    program, columns = tl.program_id(0), tl.cdiv(dim, BLOCK_C)
+    if program < tiles:
+        _keep_gradient(
+            grad_ptr, where_ptr, out_ptr, program, rows, length, dim, strides[0], strides[1],
+            BLOCK_R, BLOCK_C,
+        )  # fmt: skip
+    else:
+        if OVERLAP:
+            gdc_wait()
+        item, column = (program - tiles) // columns, (program - tiles) % columns
+        if item < chunks:
+            _sum_chunk(
+                grad_ptr, where_ptr, index_ptr, work_ptr, pool_ptr, part_ptr, item, column, sizes,
+                strides, SUM_R, BLOCK_C, CHUNK, ACC,
+            )  # fmt: skip
+        else:
+            m = item - chunks
+            bounds_ptr = work_ptr + 2 * rows
+            first, last = tl.load(bounds_ptr + m), tl.load(bounds_ptr + m + 1)
+            if last - first <= CHUNK:
+                col = column * BLOCK_C + tl.arange(0, BLOCK_C)
+                total = _sum_rows(
+                    grad_ptr, work_ptr, first, last, col, length, dim, strides, SUM_R, ACC
+                ).to(pool_ptr.dtype.element_ty)
+                tl.store(pool_ptr + m.to(tl.int64) * dim + col, total, mask=col < dim)
 
 
 ROWS = 4
 # Rows per tile of the embeddings' gradient. H200, 32 x 2048 tokens: 295 us with 8, 316 with 4, 320
 # with 16.
 GRADIENT_ROWS = 8
-# Tile of the sums. 16 x 1024 tokens: 91 us, 99 with 8 x 1024, 149 with 4 x 512. 2 x 1024 takes 89
-# there, but twice as many steps where all tokens drew one pool row.
-SUM_ROWS, SUM_COLUMNS = 4, 1024
+# Gradient rows that a sum reads at a time, and positions that it reads at most.
+SUM_ROWS, CHUNK = 4, 256
 # Pool rows that one program sorts for, tokens that it reads at a time, and drawn tokens likewise.
-GROUP, SORT_BLOCK, SORT_LIST = 16, 2048, 128
+GROUP, SORT_BLOCK, SORT_LIST = 32, 2048, 128
 
 
 def _dense(where: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,7 +306,7 @@ def replace_tokens_bwd(
     embeddings_grad: bool,
     pool_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Launch ``_replace_gradient_kernel`` and ``_pool_gradient_kernel``, as wanted."""
+    """Launch ``_sort_kernel`` and ``_replace_gradient_kernel``, as wanted."""
     embeddings = grad_out.new_empty(grad_out.shape if embeddings_grad else (0,))
     shape = (pool_size if pool_grad else 0, grad_out.shape[-1])
     if grad_out.numel() == 0:
@@ -211,22 +314,31 @@ def replace_tokens_bwd(
     pool = grad_out.new_empty(shape, dtype=pool_dtype)
     x = as_rows(grad_out)
     rows, length, dim = where.numel(), x.shape[1], x.shape[2]
-    strides, block = (x.stride(0), x.stride(1)), column_block(dim)
-    groups = triton.cdiv(shape[0], GROUP)
-    tiles = triton.cdiv(rows, GRADIENT_ROWS) * triton.cdiv(dim, block) if embeddings_grad else 0
-    if groups + tiles == 0:
+    block, acc = column_block(dim), accumulator(x.dtype, pool_dtype)
+    columns = triton.cdiv(dim, block)
+    tiles = triton.cdiv(rows, GRADIENT_ROWS) * columns if embeddings_grad else 0
+    chunks = triton.cdiv(rows, CHUNK) if shape[0] else 0
+    sums = columns * (chunks + shape[0])
+    if tiles + sums == 0:
         return embeddings, pool
-    work = index.new_empty((2 * rows + pool_size + 1,) if groups else (0,), dtype=torch.int32)
+    where, index = _dense(where, index)
+    overlap = launches_overlap(x) and sums > 0
+    work = index.new_empty(
+        (2 * rows + pool_size * (1 + columns) + 1,) if sums else (0,), dtype=torch.int32
+    )
+    parts = x.new_empty(
+        (2 * chunks, dim), dtype=torch.float64 if acc == tl.float64 else torch.float32
+    )
     with on_device(x):
-        _replace_gradient_kernel[(groups + tiles,)](
-            x, *_dense(where, index), embeddings, work, rows, length, dim, pool_size, groups,
-            *strides, BLOCK_R=GRADIENT_ROWS, BLOCK_C=block,
-            GROUP=GROUP, BLOCK=SORT_BLOCK, LIST=SORT_LIST,
-        )  # fmt: skip
-        if groups:
-            block = column_block(dim, SUM_COLUMNS)
-            _pool_gradient_kernel[(pool_size, triton.cdiv(dim, block))](
-                x, work, pool, rows, length, dim, *strides,
-                BLOCK_R=SUM_ROWS, BLOCK_C=block, ACC=accumulator(x.dtype, pool_dtype),
+        if sums:
+            _sort_kernel[(triton.cdiv(pool_size, GROUP),)](
+                where, index, work, rows, pool_size, columns, GROUP=GROUP, BLOCK=SORT_BLOCK,
+                LIST=SORT_LIST, COLUMNS=triton.next_power_of_2(columns), OVERLAP=overlap,
             )  # fmt: skip
+        _replace_gradient_kernel[(tiles + sums,)](
+            x, where, index, embeddings, work, pool, parts,
+            (rows, length, dim, pool_size, tiles, chunks), (x.stride(0), x.stride(1)),
+            BLOCK_R=GRADIENT_ROWS, BLOCK_C=block, SUM_R=SUM_ROWS, CHUNK=CHUNK, ACC=acc,
+            OVERLAP=overlap, **({"launch_pdl": True} if overlap else {}),
+        )  # fmt: skip
     return embeddings, pool

@@ -1,11 +1,20 @@
 """How the replacement and loss kernels see memory: rows of components, addressed by two strides."""
 
 import contextlib
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ..backend import interpreted
+
+__all__ = [
+    "accumulator", "as_rows", "column_block", "gdc_launch_dependents", "gdc_wait",
+    "launches_overlap", "on_device", "row_offset",
+]  # fmt: skip
 
 
 @triton.jit
@@ -24,6 +33,22 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+@functools.cache
+def _has_dependent_launch(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] >= 9
+
+
+def launches_overlap(tensor: Tensor) -> bool:
+    """Whether a kernel may start before the one launched ahead of it has ended.
+
+    A kernel launched with ``launch_pdl`` starts when all programs of the kernel before it have
+    called ``gdc_launch_dependents``, and must call ``gdc_wait`` before it uses what that kernel
+    writes. Only for a pair of our own: the first is launched as usual, so whatever came before it
+    has ended.
+    """
+    return tensor.is_cuda and not interpreted() and _has_dependent_launch(tensor.device.index)
 
 
 def as_rows(tensor: Tensor) -> Tensor:
