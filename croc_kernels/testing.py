@@ -1,5 +1,7 @@
 """Inputs and error budgets shared by tests, benchmarks and ``croc-kernels selftest``."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,56 +59,102 @@ def clustered_tokens(
     return torch.nn.functional.normalize(tokens, dim=-1).to(device)
 
 
+@contextlib.contextmanager
+def _attention_of(configs: list[Any], name: str) -> Iterator[list[str]]:
+    """The model with another attention and exact float32 products; the list gets the class of every
+    layer that hands a mask to ours.
+    """
+    from transformers import AttentionInterface
+
+    from .integrations import attention_interface
+
+    masked: list[str] = []
+    attention = attention_interface.croc_attention
+
+    def counted(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> Any:
+        if mask is not None:
+            masked.append(type(module).__name__)
+        return attention(module, query, key, value, mask, **more)
+
+    before = [config._attn_implementation for config in configs]
+    precision = torch.get_float32_matmul_precision()
+    AttentionInterface.register(attention_interface.NAME, counted)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield masked
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+        torch.set_float32_matmul_precision(precision)
+        attention_interface.register()
+
+
 @torch.no_grad()
 def assert_attention_matches_eager(model: nn.Module, batch: dict[str, Any]) -> float:
     """Assert that a transformers model gives the same logits with our attention as with eager.
 
     One line to find out whether a model's masks survive ``attn_implementation="croc"``. Use a batch
-    that would tell: two images of two or more tokens in a sample, and padding.
+    that would tell: two images of two or more tokens in a sample, and padding. Calls
+    ``register()``; float32 products are exact meanwhile (no tf32).
 
     Args:
-        model: any transformers model in float32 or float64, without an attached layer; its
-            attention is restored. Low precision would need a tolerance that hides a lost image.
+        model: any transformers model with a head, in float32 or float64, without an attached layer;
+            its attention is restored. Low precision would need a tolerance that hides a lost image.
         batch: its inputs. Rows where ``attention_mask`` is 0 are not compared.
 
     Returns:
         The largest difference of the logits.
 
     Raises:
-        AssertionError: they differ by more than 64 units in the last place of the largest logit.
-        TypeError: the model computes in another dtype.
+        AssertionError: they differ by more than 64 units in the last place of the largest logit, or
+            the model never asked for our attention.
+        TypeError: the model computes in another dtype, or returns no logits.
+        RuntimeError: a layer is attached.
         ImportError: transformers is missing or out of range.
     """
     from .integrations.attention_interface import NAME, register
 
+    function, kind = "assert_attention_matches_eager", type(model).__name__
+    if hasattr(model, "croc"):
+        raise RuntimeError(
+            f"{function}: model must have no CrocLayer, got one; detach(model) first"
+        )
     register()
     configs = {
         id(module.config): module.config
         for module in model.modules()
         if hasattr(getattr(module, "config", None), "_attn_implementation")
     }
-    before = {key: config._attn_implementation for key, config in configs.items()}
     training = model.training
     model.eval()
     logits = {}
     try:
         for name in ("eager", NAME):
-            for config in configs.values():
-                config._attn_implementation = name
-            logits[name] = model(**batch).logits
+            with _attention_of(list(configs.values()), name) as masked:
+                output = model(**batch)
+            if getattr(output, "logits", None) is None:
+                raise TypeError(
+                    f"{function}: model must return logits, got {type(output).__name__} of {kind}; "
+                    "take the class with the head"
+                )
+            logits[name] = output.logits
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
         model.train(training)
     if logits[NAME].dtype not in (torch.float32, torch.float64):
         raise TypeError(
-            "assert_attention_matches_eager: model must be float32 or float64, got "
-            f"{logits[NAME].dtype}; call model.float()"
+            f"{function}: model must be float32 or float64, got {logits[NAME].dtype}; call "
+            "model.float()"
         )
     if (valid := batch.get("attention_mask")) is not None:
         logits = {name: value[valid.bool()] for name, value in logits.items()}
     exact = logits["eager"]
     error = max_error(logits[NAME], exact)
     budget = 64 * EPSILON[exact.dtype] * exact.abs().max().item()
-    assert error <= budget, f"{type(model).__name__}: logits differ by {error:.3e} > {budget:.3e}"
+    assert error <= budget, f"{kind}: logits differ by {error:.3e} > {budget:.3e}"
+    assert masked, (
+        f"{kind}: no layer handed a mask to attn_implementation={NAME!r}, so nothing was compared: "
+        "its code does not use transformers' attention interface"
+    )
     return error

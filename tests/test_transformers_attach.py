@@ -78,6 +78,17 @@ def test_language_model_sees_features_of_norm_one(case):
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
+@pytest.mark.parametrize("recipe", ["croc", "croc-released"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "paligemma", "paligemma2"])
+def test_token_types_are_not_needed(name, recipe):
+    """The recipe's masks follow from where the images are."""
+    model = attached(zoo.CASES[name], recipe, mask_ratio=1.0)
+    inputs = zoo.batch(zoo.CASES[name], model)
+    without = {n: value for n, value in inputs.items() if not n.endswith("token_type_ids")}
+    assert len(without) < len(inputs)
+    assert torch.equal(model(**inputs).loss, model(**without).loss)
+
+
 def by_loops(recipe, case, inputs, lengths, window):
     sizes = list(lengths)
     dense = torch.stack(

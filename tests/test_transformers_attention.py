@@ -121,6 +121,33 @@ def test_assert_attention_matches_eager_wants_float32():
         assert_attention_matches_eager(model, {"input_ids": torch.randint(3, 90, (1, 5))})
 
 
+def test_assert_attention_matches_eager_wants_logits():
+    model = transformers.LlamaModel(zoo.llama())
+    wanted = r"must return logits, got BaseModelOutputWithPast of LlamaModel"
+    with pytest.raises(TypeError, match=wanted):
+        assert_attention_matches_eager(model, {"input_ids": torch.randint(3, 90, (1, 5))})
+
+
+def test_assert_attention_matches_eager_wants_a_plain_model():
+    case = zoo.CASES["llava"]
+    model = case.model()
+    croc.attach(model, pool_size=24)
+    with pytest.raises(RuntimeError, match=r"must have no CrocLayer, got one; detach\(model\)"):
+        assert_attention_matches_eager(model, zoo.batch(case, model))
+
+
+def test_assert_attention_matches_eager_compares_something(monkeypatch):
+    """A model whose code never asks for an attention by name would match itself."""
+    model = transformers.LlamaForCausalLM(zoo.llama())
+    layer = type(model.model.layers[0].self_attn)
+    own = {"forward": lambda self, hidden_states, **kwargs: (hidden_states, None)}
+    for block in model.model.layers:
+        block.self_attn.__class__ = type("OwnAttention", (layer,), own)
+    with pytest.raises(AssertionError, match="no layer handed a mask to"):
+        assert_attention_matches_eager(model, {"input_ids": torch.randint(3, 90, (1, 5))})
+    assert croc.is_registered()
+
+
 # --- packed rows ----------------------------------------------------------------------------------
 
 

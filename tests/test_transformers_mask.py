@@ -161,6 +161,16 @@ def test_molmo2_is_refused_by_name():
         croc_mask(1, q_length=7, kv_length=7, config=config, device="cpu")
 
 
+def test_molmo2_itself_is_refused():
+    if not hasattr(transformers, "Molmo2TextModel"):
+        pytest.skip(f"transformers {transformers.__version__} has no Molmo2")
+    options = zoo.text_options(head_dim=8, additional_vocab_size=8)
+    model = transformers.Molmo2TextModel(transformers.Molmo2TextConfig(**options))
+    model.set_attn_implementation("croc")
+    with pytest.raises(ValueError, match='molmo2_text must run with "sdpa" or "eager"'):
+        model(input_ids=torch.randint(3, 90, (1, 5)))
+
+
 def test_attention_dropout_is_refused():
     model = transformers.LlamaForCausalLM(zoo.llama(attention_dropout=0.1)).train()
     model.set_attn_implementation("croc")
