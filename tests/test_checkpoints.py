@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +285,53 @@ def test_convert_command(tmp_path, capsys):
     assert "dropped: model.pool_weight.weight" in printed
     assert "notes: no tokenizer in the source" in printed
     assert main(["convert", str(source), str(tmp_path / "target")]) == 1
+
+
+MEASURED = """
+import pathlib, re, sys, threading
+from transformers import LlavaForConditionalGeneration
+from croc_kernels.integrations.checkpoints import convert
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+
+source, target, to, shard = sys.argv[1:]
+peak, done = 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+
+convert(pathlib.Path(source + "-small"), pathlib.Path(target + "-small"), to=to)
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+convert(source, target, to=to, max_shard_bytes=int(shard))
+done.set()
+thread.join()
+print((peak - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_convert_streams(tmp_path, monkeypatch):
+    """Both ways in the memory of a shard, or of the largest matrix; the source is mapped."""
+    small, config = released("victor")
+    write(tmp_path / "source-small", small, config)
+    monkeypatch.setattr(sys.modules[__name__], "HIDDEN", 1024)
+    monkeypatch.setattr(sys.modules[__name__], "VOCAB", 15_000)
+    state, _ = released("victor")
+    state = {name: value.bfloat16() for name, value in state.items()}
+    sizes = [value.numel() * 2 for value in state.values()]
+    assert sum(sizes) > 80e6
+    write(tmp_path / "source", state, config | {"hidden_size": 1024, "vocab_size": 15_000}, files=9)
+    for source, target, to in (("source", "llava", "transformers"), ("llava", "back", "victor")):
+        arguments = [str(tmp_path / source), str(tmp_path / target), to, str(16 * 10**6)]
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, *arguments], check=True, capture_output=True, text=True
+        )
+        assert len(shard_files(tmp_path / target)) >= 4
+        # A matrix may be larger than a shard; nothing is there twice.
+        assert int(done.stdout.split()[-1]) < 16e6 + 1.25 * max(sizes), target

@@ -180,12 +180,23 @@ def _to_transformers(
         if new is None or split_part(new)[0] not in expected:
             return []
         if new in (_EMBEDDINGS, _LM_HEAD) and tensor.shape[0] <= image_token:
-            # The row of <image>: never looked up, and in the head as likely as an average token.
-            tensor = torch.cat([tensor, tensor.float().mean(0, keepdim=True).to(tensor.dtype)])
+            tensor = _with_mean_row(tensor)
         return [(new, tensor)]
 
     _stream(source, target, rename, new_config, max_shard_bytes, report, tokenizer)
     return report
+
+
+def _with_mean_row(tensor: Tensor) -> Tensor:
+    """One more row, for ``<image>``: never looked up, and in the head as likely as an average token.
+
+    Summed block by block: the largest matrix of a checkpoint is not made in float32.
+    """
+    total = sum(block.float().sum(0) for block in tensor.split(512))
+    longer = tensor.new_empty(tensor.shape[0] + 1, *tensor.shape[1:])
+    longer[:-1] = tensor
+    longer[-1] = total / tensor.shape[0]
+    return longer
 
 
 def _to_release(
@@ -230,7 +241,10 @@ def _stream(
     parts: dict[str, dict[int, Tensor]] = {}
     with ShardWriter(target, max_shard_bytes) as writer:
         for name, load in iterate_tensors(source):
-            for new, tensor in rename(name, load()):
+            read = load()
+            # Before a longer copy of it is made, or it lies beside a whole shard.
+            writer.make_room(read.numel() * read.element_size())
+            for new, tensor in rename(name, read):
                 joined, part, count = split_part(new)
                 if count == 1:
                     writer.add(joined, tensor)

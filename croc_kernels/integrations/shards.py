@@ -77,13 +77,20 @@ class ShardWriter:
         self.partial.mkdir(parents=True)
         return self
 
+    def make_room(self, size: int) -> None:
+        """Write a shard if so many bytes more would overfill it."""
+        if self.pending and self.pending_bytes + size > self.max_bytes:
+            self._flush()
+
     def add(self, name: str, tensor: Tensor) -> None:
         """Take one tensor; write a shard first if this one would overfill it."""
         size = tensor.numel() * tensor.element_size()
-        if self.pending and self.pending_bytes + size > self.max_bytes:
-            self._flush()
-        # A clone: safetensors refuses tensors that share storage, as slices of a .bin file do.
-        self.pending[name] = tensor.contiguous().clone()
+        self.make_room(size)
+        tensor = tensor.contiguous()
+        # safetensors refuses tensors that share storage, as slices of a .bin file do, and a slice
+        # of a mapped file would keep the file mapped.
+        shared = tensor.untyped_storage().nbytes() != size
+        self.pending[name] = tensor.clone() if shared else tensor
         self.pending_bytes += size
         self.total_bytes += size
 
