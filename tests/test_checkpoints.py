@@ -227,6 +227,26 @@ def test_convert_lists_unknown_and_missing_and_writes_nothing(tmp_path):
     assert report.missing == ["croc.head.bias"]
 
 
+def test_convert_lists_shapes_that_do_not_fit(tmp_path):
+    state, config = released("croc")
+    state["model.norm.weight"] = torch.randn(HIDDEN + 1)
+    state["transform_block.layers.0.attention.self.key.weight"] = torch.randn(HIDDEN, 7)
+    source = write(tmp_path / "source", state, config)
+    wanted = (
+        r"got 2 others:\n  model.norm.weight: \(33,\), and language_model.model.norm.weight must be"
+        r" \(32,\)\n  transform_block.*key.weight: \(32, 7\), and .*in_proj_weight must be \(96, 32"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        convert(source, tmp_path / "target")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"]
+
+
+def test_convert_names_a_config_that_is_no_json(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json must be JSON"):
+        convert(tmp_path, tmp_path / "target")
+
+
 def test_convert_reads_pytorch_files(tmp_path):
     state, config = released("victor")
     source = tmp_path / "source"

@@ -85,7 +85,10 @@ def convert(
         raise ValueError(f"convert: to must be one of {TARGETS}, got {to!r}")
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"convert: source must hold config.json, got {source}")
-    config = json.loads((source / "config.json").read_text())
+    try:
+        config = json.loads((source / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"convert: {source / 'config.json'} must be JSON: {error}") from None
     plan = _to_transformers if to == "transformers" else _to_release
     return plan(source, target, config, to, allow_unknown, allow_missing, vision, max_shard_bytes)
 
@@ -94,21 +97,44 @@ def _shapes(source: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(load().shape) for name, load in iterate_tensors(source)}
 
 
-def _expected(config: dict[str, Any], recipe: str, pool_size: int | None) -> set[str]:
-    """Names of a Llava checkpoint of this config, with the layer's where the recipe has one."""
+def _expected(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Llava checkpoint of this config, with the layer's if it has one."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     known = {k: v for k, v in config.items() if k not in ("croc", SOURCE)}
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(**known))
-        names = {_hub_name(name) for name in model.state_dict()}
-        if recipe and pool_size:
-            width = config["text_config"]["hidden_size"]
-            layer = CrocLayer(width, pool_size, recipe)
-            names |= {"croc." + name for name in layer.state_dict()}
+        found = {_hub_name(name): tuple(value.shape) for name, value in model.state_dict().items()}
+        if "croc" in config:
+            layer = CrocLayer(config["text_config"]["hidden_size"], **config["croc"])
+            found |= {"croc." + name: tuple(v.shape) for name, v in layer.state_dict().items()}
     if config["tie_word_embeddings"]:
-        names.discard(_LM_HEAD)
-    return names
+        found.pop(_LM_HEAD, None)
+    return found
+
+
+def _check_shapes(
+    renamed: dict[str, str],
+    shapes: dict[str, tuple[int, ...]],
+    expected: dict[str, tuple[int, ...]],
+) -> None:
+    """Refuse parameters that would not fit into the target."""
+    wrong = []
+    for old, new in renamed.items():
+        joined, _, parts = split_part(new)
+        if joined not in expected:
+            continue
+        rows, *rest = expected[joined] or (0,)
+        # A released vocabulary has no row for <image> yet, and may leave room for it.
+        longer = {rows, rows - 1} if new in (_EMBEDDINGS, _LM_HEAD) else {rows // parts}
+        found = shapes[old]
+        if list(found[1:]) != rest or (found[:1] and found[0] not in longer):
+            wrong.append(f"{old}: {found}, and {joined} must be {expected[joined]}")
+    if wrong:
+        listed = "\n  ".join(sorted(wrong))
+        raise ValueError(
+            f"convert: shapes must fit config.json, got {len(wrong)} others:\n  {listed}"
+        )
 
 
 def _hub_name(name: str) -> str:
@@ -164,16 +190,17 @@ def _to_transformers(
     image_token = vocab if tokenizer is None else min(len(tokenizer), vocab)
     new_config = llava_config(config, names, vision, max(vocab, image_token + 1), image_token)
     pool = next((shapes[o][0] for o, n in renamed.items() if n == "croc.pool"), None)
-    expected = _expected(new_config, names.recipe, pool)
-    given = {split_part(new)[0] for new in renamed.values()}
-    report.unknown += [old for old, new in renamed.items() if split_part(new)[0] not in expected]
-    report.missing = sorted(expected - given)
-    _refuse(report, allow_unknown, allow_missing)
     if pool is not None:
         new_config["croc"] = {"recipe": names.recipe, "pool_size": pool}
-        if names is RELEASES["croc"]:
-            positions = shapes["transform_block.position_embeddings.weight"][0]
-            new_config["croc"]["num_positions"] = positions
+        positions = shapes.get("transform_block.position_embeddings.weight")
+        if positions is not None:
+            new_config["croc"]["num_positions"] = positions[0]
+    expected = _expected(new_config)
+    given = {split_part(new)[0] for new in renamed.values()}
+    report.unknown += [old for old, new in renamed.items() if split_part(new)[0] not in expected]
+    report.missing = sorted(expected.keys() - given)
+    _refuse(report, allow_unknown, allow_missing)
+    _check_shapes(renamed, shapes, expected)
 
     def rename(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         new = renamed.get(name)
@@ -188,7 +215,7 @@ def _to_transformers(
 
 
 def _with_mean_row(tensor: Tensor) -> Tensor:
-    """One more row, for ``<image>``: never looked up, and in the head as likely as an average token.
+    """One more row, for ``<image>``: never looked up, and in the head like an average token.
 
     Summed block by block: the largest matrix of a checkpoint is not made in float32.
     """
