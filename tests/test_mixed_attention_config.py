@@ -35,14 +35,13 @@ def test_config_tiles_are_powers_of_two_that_fit(arch, dim, dtype):
 
 
 def test_config_takes_the_hopper_backward_only_where_it_can():
-    fits = {"plain_scores": True, "aligned": True}
+    fits = {"num_keys": 4096, "plain_scores": True, "aligned": True}
     for dim in config.HEAD_DIMS:
         for dtype in (torch.float16, torch.bfloat16):
             picked = config.pick_hopper_backward(90, dim, dtype, **fits)
             assert (picked is not None) == (dim in config.HOPPER_BACKWARD)
-            for change in fits:
-                without = config.pick_hopper_backward(90, dim, dtype, **fits | {change: False})
-                assert without is None
+            for change in ({"plain_scores": False}, {"aligned": False}):
+                assert config.pick_hopper_backward(90, dim, dtype, **fits | change) is None
     for arch in (*SHARED, 0):
         picked = config.pick_hopper_backward(arch, 128, torch.bfloat16, **fits)
         assert (picked is not None) == (arch == 90)
@@ -63,6 +62,34 @@ def test_config_takes_the_hopper_forward_only_where_it_can():
     assert config.pick_hopper_forward(90, 128, torch.float32, **fits) is None
     short = config.pick_hopper_forward(90, 128, torch.bfloat16, **fits | {"length": 1024})
     assert short.block_n < config.pick_hopper_forward(90, 128, torch.bfloat16, **fits).block_n
+
+
+@pytest.mark.parametrize(
+    ("dim", "length", "tiles"),
+    [(64, 512, (64, 4, 4, 2)), (64, 2048, (128, 3, 12, 2)), (64, 8192, (128, 3, 4, 3, True)),
+     (128, 1024, (64, 4, 4, 2, False, True)), (128, 1535, (64, 4, 4, 2, False, True)),
+     (128, 1536, (128, 2, 12, 2)), (128, 2048, (128, 2, 12, 2)), (128, 4096, (128, 2, 4, 2, True)),
+     (128, 8192, (128, 2, 4, 2, True))],
+)  # fmt: skip
+def test_config_hopper_forward_is_what_was_measured(dim, length, tiles):
+    picked = config.pick_hopper_forward(90, dim, torch.bfloat16, length, True, True)
+    assert picked == config.HopperForwardConfig(*tiles)
+    assert picked.constants()["DYNAMIC"] == picked.dynamic
+    assert picked.constants()["SKIP"] == picked.skip
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "group", "unordered", "ordered"),
+    [(1024, 1, 16, 8), (2048, 1, 16, 8), (3071, 4, 16, 8), (3072, 1, 4, 4), (4096, 1, 4, 4),
+     (4096, 2, 4, 2), (8192, 1, 4, 2), (8192, 4, 4, 2)],
+)  # fmt: skip
+def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered, ordered):
+    for dim, tiles in config.HOPPER_BACKWARD.items():
+        for repeatable, section in ((False, unordered), (True, ordered)):
+            picked = config.pick_hopper_backward(
+                90, dim, torch.bfloat16, num_keys, True, True, group=group, ordered=repeatable
+            )
+            assert picked == config.HopperBackwardConfig(*tiles, section)
 
 
 def test_config_tma_takes_what_is_aligned_to_sixteen_bytes():

@@ -209,7 +209,7 @@ def test_kernels_finish_puts_the_gradient_of_queries_in_rows(dim, block_m):
     got = torch.full((2, length, 2, dim), float("nan")).transpose(1, 2)
     hopper_backward._finish_kernel[(8,)](
         sums, got, got.stride()[:3], 0.5, length,
-        HEADS=2, D=dim, BLOCK_M=block_m, TRANSPOSED=transposed,
+        HEADS=2, D=dim, BLOCK_M=block_m, TRANSPOSED=transposed, ORDERED=True,
     )  # fmt: skip
     rows = (tiles.mT if transposed else tiles).reshape(2, 2, 2 * block_m, dim)
     assert torch.equal(got, 0.5 * rows[:, :, :length])

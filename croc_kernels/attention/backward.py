@@ -306,7 +306,10 @@ def mixed_attention_bwd(
         return tuple(g.zero_() for g in grads)
     aligned = all(config.tma_aligned(x) for x in (q, k, v, grad_out))
     plain_scores = visible_until is None and softcap == 0.0
-    hopper = config.pick_hopper_backward(arch, dim, q.dtype, plain_scores, aligned)
+    hopper = config.pick_hopper_backward(
+        arch, dim, q.dtype, k.shape[2], plain_scores, aligned,
+        group=q.shape[1] // k.shape[1], ordered=deterministic,
+    )  # fmt: skip
     if hopper is not None:
         with config.on_device(q):
             hopper_bwd(

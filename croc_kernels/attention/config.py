@@ -58,12 +58,18 @@ class BackwardConfig:
 
 @dataclass(frozen=True)
 class HopperForwardConfig:
-    """Tiles of the warp-specialised forward kernel, and how many heads share a stretch of turns."""
+    """Tiles of the warp-specialised forward kernel, and how many heads share a stretch of turns.
+
+    ``dynamic``: programs draw their tiles from a counter. ``skip``: a warp group leaves out tiles
+    of keys that only the others' rows see.
+    """
 
     block_n: int
     stages: int
     section: int
     groups: int
+    dynamic: bool = False
+    skip: bool = False
 
     @property
     def block_m(self) -> int:
@@ -76,22 +82,28 @@ class HopperForwardConfig:
         consumer, producer = {2: (232, 40), 3: (160, 32)}[self.groups]
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
-            "SECTION": self.section, "GROUPS": self.groups, "CONSUMER_REGISTERS": consumer,
-            "PRODUCER_REGISTERS": producer,
+            "SECTION": self.section, "GROUPS": self.groups, "DYNAMIC": self.dynamic,
+            "SKIP": self.skip, "CONSUMER_REGISTERS": consumer, "PRODUCER_REGISTERS": producer,
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HopperBackwardConfig:
-    """Tiles of the warp-specialised backward kernel."""
+    """Tiles of the warp-specialised backward kernel, and how many heads' tiles of keys take turns,
+    those with most rows first.
+    """
 
     block_m: int
     block_n: int
     stages: int
+    section: int
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
-        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages}
+        return {
+            "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
+            "SECTION": self.section,
+        }  # fmt: skip
 
 
 def split_head(dim: int) -> tuple[int, int]:
@@ -174,11 +186,11 @@ def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Backw
     return BackwardConfig(*_row(_BACKWARD[family(arch)], dim))
 
 
-# (block_n, stages, section, groups) per head dimension: of short rows, and from each of HOPPER_LONG
-# rows on. Measured on an H200, docs/attention.md, but for D = 64 below 3072 rows.
+# (block_n, stages, section, groups, dynamic, skip) per head dimension: of short rows, and from each
+# of HOPPER_LONG rows on. Measured on H100 and H200, docs/attention.md, but for D = 64 below 3072.
 HOPPER_FORWARD = {
-    64: ((64, 4, 4, 2), (128, 3, 12, 2), (128, 3, 4, 3)),
-    128: ((64, 4, 4, 2), (128, 2, 12, 2), (128, 2, 1, 2)),
+    64: ((64, 4, 4, 2), (128, 3, 12, 2), (128, 3, 4, 3, True)),
+    128: ((64, 4, 4, 2, False, True), (128, 2, 12, 2), (128, 2, 4, 2, True)),
 }
 HOPPER_LONG = (1536, 3072)
 # Fewer rows than a tile has, as with a cache: the plain kernel has smaller ones.
@@ -203,18 +215,28 @@ def pick_hopper_forward(
 HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
 
 
+def _backward_section(num_keys: int, group: int, ordered: bool) -> int:
+    """Measured on an H100, docs/attention.md. In order, more heads at a time also wait for more:
+    4 lost 4 % at 8192 keys with shared heads.
+    """
+    if num_keys < HOPPER_LONG[1]:
+        return 8 if ordered else 16
+    return 2 if ordered and (group > 1 or num_keys >= 2 * HOPPER_LONG[1]) else 4
+
+
 def pick_hopper_backward(
-    arch: int, dim: int, dtype: torch.dtype, plain_scores: bool, aligned: bool
-) -> HopperBackwardConfig | None:
+    arch: int, dim: int, dtype: torch.dtype, num_keys: int, plain_scores: bool, aligned: bool,
+    *, group: int = 1, ordered: bool = False,
+) -> HopperBackwardConfig | None:  # fmt: skip
     """Tiles of the warp-specialised backward, or None where the plain kernel has to do.
 
     ``plain_scores``: neither a soft cap nor ``visible_until``; ``aligned``: :func:`tma_aligned`
-    holds for all tensors.
+    holds for all tensors; ``group``: query heads per key head; ``ordered``: bitwise repeatable.
     """
     tiles = HOPPER_BACKWARD.get(dim)
     if arch != 90 or dtype == torch.float32 or not (plain_scores and aligned and tiles):
         return None
-    return HopperBackwardConfig(*tiles)
+    return HopperBackwardConfig(*tiles, _backward_section(num_keys, group, ordered))
 
 
 def tma_aligned(x: Tensor) -> bool:

@@ -39,6 +39,7 @@ def forward_case(
     constants = {"HEADS": 32, "GROUP": group, "D": dim} | picked.constants()
     signature = {
         "q_desc": row, "k_desc": key, "v_desc": key, "o_desc": row, "lse_ptr": "*fp32",
+        "counter_ptr": "*i32" if picked.dynamic else "*fp32",
         "start": _VECTOR, "end": _VECTOR, "outer": "fp32", "num_queries": "i32",
         "items": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
@@ -52,8 +53,10 @@ def forward_case(
 def backward_case(
     dim: int, dtype: torch.dtype, *, group: int = 1, ordered: bool = False
 ) -> CompileCase:
-    """The warp-specialised backward kernel as launched."""
-    picked = config.pick_hopper_backward(90, dim, dtype, plain_scores=True, aligned=True)
+    """The warp-specialised backward kernel as launched for 4096 keys."""
+    picked = config.pick_hopper_backward(
+        90, dim, dtype, 4096, plain_scores=True, aligned=True, group=group, ordered=ordered
+    )
     fn, name = hopper_backward._mixed_attention_bwd_hopper_kernel, _NAMES[dtype]
     row, key = _descriptor(name, picked.block_m, dim), _descriptor(name, picked.block_n, dim)
     stats = f"tensordesc<fp32{[1, 2 * picked.block_m]},{NVMMASharedLayout(0, 32, 2)!r}>"
@@ -75,10 +78,10 @@ def backward_case(
 
 def prepare_case(dim: int, dtype: torch.dtype) -> CompileCase:
     """The kernel before it."""
-    picked = config.pick_hopper_backward(90, dim, dtype, plain_scores=True, aligned=True)
+    picked = config.pick_hopper_backward(90, dim, dtype, 4096, plain_scores=True, aligned=True)
     fn, pointer = hopper_backward._prepare_kernel, "*" + _NAMES[dtype]
     constants = {"HEADS": 32, "D": dim, "BLOCK_M": picked.block_m, "HAS_GRAD_LSE": True}
-    constants["ORDERED"] = True
+    constants["ORDERED"] = False
     signature = {
         "out_ptr": pointer, "grad_out_ptr": pointer, "lse_ptr": "*fp32", "grad_lse_ptr": "*fp32",
         "stats_ptr": "*fp32", "dirty_ptr": "*i32", "turn_ptr": "*i32",
@@ -93,10 +96,11 @@ def prepare_case(dim: int, dtype: torch.dtype) -> CompileCase:
 
 def finish_case(dim: int, dtype: torch.dtype) -> CompileCase:
     """The kernel after it."""
-    picked = config.pick_hopper_backward(90, dim, dtype, plain_scores=True, aligned=True)
+    picked = config.pick_hopper_backward(90, dim, dtype, 4096, plain_scores=True, aligned=True)
     fn = hopper_backward._finish_kernel
     constants = {
         "HEADS": 32, "D": dim, "BLOCK_M": picked.block_m, "TRANSPOSED": dim >= 128,
+        "ORDERED": False,
     }  # fmt: skip
     signature = {
         "sums_ptr": "*fp32", "dq_ptr": "*" + _NAMES[dtype], "strides": ("i32",) * 3,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .config import LOG2_E, HopperBackwardConfig, by_sample
 from .hopper import tile_descriptor
@@ -23,21 +24,23 @@ def _prepare_kernel(
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
     ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp (inf for rows that see nothing), delta and zeros for dQ of BLOCK_M rows.
-
-    grid = (tiles * B * H,).
+    """Log-sum-exp (inf for rows that see nothing), delta and zeros for dQ of BLOCK_M rows, last
+    tiles first: what the next kernel begins with is then still in the L2. grid = (tiles * B * H,).
     """
+    if not ORDERED:
+        gdc_launch_dependents()
     o_b, o_h, o_l, g_b, g_h, g_l, l_b, l_h, l_l = strides
     tiles = tl.cdiv(num_queries, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    plane = tl.program_id(0) // tiles
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = program % tiles
+    plane = program // tiles
     batch, head = tl.cast(plane // HEADS, tl.int64), tl.cast(plane % HEADS, tl.int64)
     first = tl.cast(tile * BLOCK_M, tl.int64)
     offs, cols = tl.arange(0, BLOCK_M), tl.arange(0, D)
     inside = tile * BLOCK_M + offs < num_queries
     o = out_ptr + batch * o_b + head * o_h + first * o_l + offs[:, None] * o_l + cols[None, :]
     g = grad_out_ptr + batch * g_b + head * g_h + first * g_l + offs[:, None] * g_l + cols[None, :]
-    o = tl.load(o, mask=inside[:, None], other=0.0)
+    o = tl.load(o, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
     g = tl.load(g, mask=inside[:, None], other=0.0)
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     if HAS_GRAD_LSE:
@@ -46,17 +49,17 @@ def _prepare_kernel(
     pointers = lse_ptr + tl.cast(plane, tl.int64) * num_queries + first + offs
     lse = tl.load(pointers, mask=inside, other=float("-inf"))
     sees = lse != float("-inf")
-    place = tl.cast(tl.program_id(0), tl.int64) * (2 * BLOCK_M) + offs
+    place = tl.cast(program, tl.int64) * (2 * BLOCK_M) + offs
     tl.store(stats_ptr + place, tl.where(sees, lse, float("inf")))
     tl.store(stats_ptr + place + BLOCK_M, tl.where(sees, delta, 0.0))
     if head == 0:
         blind = tl.sum((inside & (lse == float("-inf"))).to(tl.int32), 0)
         tl.store(dirty_ptr + batch * tiles + tile, blind)
-    place = tl.cast(tl.program_id(0), tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
+    place = tl.cast(program, tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
     tl.store(dq_ptr + place, tl.zeros([BLOCK_M * D], tl.float32))
     if ORDERED:
-        tl.store(turn_ptr + 1 + tl.program_id(0), 0)
-        if tl.program_id(0) == 0:
+        tl.store(turn_ptr + 1 + program, 0)
+        if program == 0:
             tl.store(turn_ptr, 0)
 
 
@@ -64,17 +67,23 @@ def _prepare_kernel(
 def _finish_kernel(
     sums_ptr, dq_ptr, strides, scale, num_queries,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, D) tile of dQ from fragments in float32; grid = (tiles * B * H,)."""
+    """(BLOCK_M, D) tile of dQ from fragments in float32, last added to first; grid = (tiles * B *
+    H,).
+    """
     dq_b, dq_h, dq_l = strides
     tiles = tl.cdiv(num_queries, BLOCK_M)
-    tile = tl.program_id(0) % tiles
-    plane = tl.program_id(0) // tiles
+    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    tile = program % tiles
+    plane = program // tiles
     batch, head = tl.cast(plane // HEADS, tl.int64), tl.cast(plane % HEADS, tl.int64)
     rows: tl.constexpr = D if TRANSPOSED else BLOCK_M
     cols: tl.constexpr = BLOCK_M if TRANSPOSED else D
-    place = tl.cast(tl.program_id(0), tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
-    x = tl.load(sums_ptr + place) * scale
+    place = tl.cast(program, tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
+    if not ORDERED:
+        gdc_wait()
+    x = tl.load(sums_ptr + place, eviction_policy="evict_first") * scale
     # (repetition, 8 columns, warps along columns, along rows, 8 rows, 2 columns, rows 8 apart,
     # column), as ``_add`` counts them.
     warps: tl.constexpr = 4 if rows == 64 else 8
@@ -106,6 +115,8 @@ def hopper_bwd(
     )
     sums = torch.empty((planes * tiles, block_m * dim), dtype=torch.float32, device=q.device)
     lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
+    # Unless in order, the next two are launched before the one before them ends; each waits for it
+    # where it first reads what that wrote (griddepcontrol).
     _prepare_kernel[(planes * tiles,)](
         out, grad_out, lse, lse if grad_lse is None else grad_lse, stats, dirty, turns, sums,
         (*out.stride()[:3], *grad_out.stride()[:3], *lse_strides), length,
@@ -122,9 +133,10 @@ def hopper_bwd(
         tile_descriptor(grads[2], block_n), sums, bounds,
         (scale * LOG2_E, scale), num_keys, tiles,
         HEADS=heads, GROUP=heads // key_heads, D=dim, ORDERED=ordered, num_warps=8,
-        **picked.constants(),
+        **picked.constants(), launch_pdl=not ordered,
     )  # fmt: skip
     _finish_kernel[(planes * tiles,)](
         sums, grads[0], grads[0].stride()[:3], scale, length,
-        HEADS=heads, D=dim, BLOCK_M=block_m, TRANSPOSED=dim >= 128, num_warps=8,
+        HEADS=heads, D=dim, BLOCK_M=block_m, TRANSPOSED=dim >= 128, ORDERED=ordered, num_warps=8,
+        launch_pdl=not ordered,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .hopper import barrier, of_sample, tma_load, tma_store
 
@@ -304,12 +305,12 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_keys", "num_tiles"])
 def _mixed_attention_bwd_hopper_kernel(
     q_desc, k_desc, v_desc, g_desc, stats_desc, dk_desc, dv_desc, dq_ptr, bounds, factors,
     num_keys, num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, ORDERED: gl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_N, D) tile of dK and dV per program; dQ is added up in float32.
 
@@ -323,10 +324,16 @@ def _mixed_attention_bwd_hopper_kernel(
     program = gl.program_id(0)
     if ORDERED:
         program = gl.atomic_add(bounds[3], 1)
-    key = program % tiles * BLOCK_N
+    else:
+        gdc_launch_dependents()
+    # SECTION heads take turns, those tiles first that most rows see under a causal mask.
+    part = program // (tiles * SECTION)
+    within = program % (tiles * SECTION)
+    size = gl.minimum(SECTION, gl.num_programs(0) // tiles - part * SECTION)
+    plane = part * SECTION + within % size
+    key = within // size * BLOCK_N
     if ORDERED:
-        key = (tiles - 1 - program % tiles) * BLOCK_N
-    plane = program // tiles
+        key = (tiles - 1 - within // size) * BLOCK_N
     batch, key_head = plane // (HEADS // GROUP), plane % (HEADS // GROUP)
     row_start_ptr, row_end_ptr = of_sample(bounds[0], batch), of_sample(bounds[1], batch)
     last_key = gl.minimum(key + BLOCK_N, num_keys) - 1
@@ -361,6 +368,9 @@ def _mixed_attention_bwd_hopper_kernel(
     mbarrier.init(ready, count=1)
     hopper.fence_async_shared()
 
+    if not ORDERED:
+        # The kernel before is done only now: nothing it wrote was read above.
+        gdc_wait()
     # The arguments are written out where they are used: a name for them would make the constexprs
     # values of the kernel.
     gl.warp_specialize(

@@ -1,8 +1,9 @@
 """Forward of mixed attention for sm_90: one warp loads by TMA, two or three warp groups multiply.
 
-A persistent grid: every program takes tiles of rows, the longest of a head first, and its loads run
-ahead from one tile into the next. Products of the next keys are issued before the softmax of these,
-whose weights meet their values while those products run.
+A persistent grid: every program takes tiles of rows, the longest of a head first, in a fixed order
+or as a counter gives them out, and its loads run ahead from one tile into the next. Products of the
+next keys are issued before the softmax of these, whose weights meet their values while those
+products run.
 """
 
 import torch
@@ -23,21 +24,34 @@ from .hopper import barrier, of_sample, tile_descriptor, tma_load, tma_store
 
 
 @gluon.jit
-def _turns(items):
-    """How many of ``items`` this program takes."""
-    return gl.cdiv(items - gl.program_id(0), gl.num_programs(0))
+def _give_out(item, drawn, turn):
+    """Tell the multiplying warps which item is next. There are two places for it: what was in this
+    one has been read, since the loading warp comes here only after Q of the turn before is free.
+    """
+    full, smem = drawn
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    smem.index(turn & 1).store(gl.full([1], 0, gl.int32, layout) + item)
+    mbarrier.arrive(full.index(turn & 1), count=1)
+
+
+@gluon.jit
+def _given(drawn, turn):
+    """The item of a turn, from the loading warp."""
+    full, smem = drawn
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)
+    return gl.max(smem.index(turn & 1).load(layout), 0)
 
 
 @gluon.jit
 def _item(
-    turn, items, start, end, num_queries,
+    item, items, start, end, num_queries,
     HEADS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SECTION: gl.constexpr,
 ):  # fmt: skip
     """Head, first row and keys of one turn. SECTION heads share a stretch of turns, last rows
     first: their keys stay in the L2, and the tiles with most keys don't end the grid.
     """
     tiles = gl.cdiv(num_queries, BLOCK_M)
-    item = turn * gl.num_programs(0) + gl.program_id(0)
     part = item // (tiles * SECTION)
     within = item % (tiles * SECTION)
     size = gl.minimum(SECTION, items // tiles - part * SECTION)
@@ -70,17 +84,22 @@ def _keep_rows(tile, n, low, high, D: gl.constexpr, BLOCK_N: gl.constexpr):
 def _produce(
     operands, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr,
+    DYNAMIC: gl.constexpr,
 ):  # fmt: skip
     """Bring every turn's tile of Q, then its keys and values tile by tile."""
-    q_desc, k_desc, v_desc, bounds, tiles_smem, bars = operands
+    q_desc, k_desc, v_desc, counter_ptr, bounds, tiles_smem, bars = operands
     q_smem, k_smem, v_smem, _o_smem = tiles_smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw, drawn = bars
     start, end, num_queries, items = bounds
     it = 0
     raw = 0
-    for turn in range(_turns(items)):
+    turn = 0
+    item = gl.program_id(0)
+    while item < items:
+        if DYNAMIC:
+            _give_out(item, drawn, turn)
         plane, row, low, high, first, past = _item(
-            turn, items, start, end, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
+            item, items, start, end, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
         )
         batch, head = plane // HEADS, plane % HEADS
         mbarrier.wait(q_empty, (turn & 1) ^ 1)
@@ -110,6 +129,12 @@ def _produce(
                 _keep_rows(tile, n, low, high, D, BLOCK_N)
                 mbarrier.arrive(bar, count=1)
             it += 1
+        turn += 1
+        item = gl.num_programs(0) + (
+            gl.atomic_add(counter_ptr, 1, sem="relaxed") if DYNAMIC else item
+        )
+    if DYNAMIC:
+        _give_out(item, drawn, turn)
 
 
 @gluon.jit
@@ -128,12 +153,13 @@ def _lane_sums(weights):
 @gluon.jit
 def _consume(
     operands, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr, PART: gl.constexpr,
+    STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr, DYNAMIC: gl.constexpr,
+    SKIP: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One warp group's share of the rows of every turn."""
     o_desc, lse_ptr, outer, bounds, tiles_smem, bars = operands
     q_smem, k_smem, v_smem, o_smem = tiles_smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _v_raw = bars
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _v_raw, drawn = bars
     start, end, num_queries, items = bounds
     ROWS: gl.constexpr = BLOCK_M // GROUPS
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -147,9 +173,11 @@ def _consume(
     cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     it = 0
-    for turn in range(_turns(items)):
+    turn = 0
+    item = _given(drawn, turn) if DYNAMIC else gl.program_id(0)
+    while item < items:
         plane, row, _low, _high, first, past = _item(
-            turn, items, start, end, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
+            item, items, start, end, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
         )
         row += PART * ROWS
         rows = row + gl.arange(0, ROWS, s_rows)
@@ -160,6 +188,12 @@ def _consume(
         # What all of these rows see; rows past the end are clamped and never stored.
         full_low = gl.load(start_row + gl.minimum(row + ROWS, num_queries) - 1)
         full_high = gl.load(end_row + gl.minimum(row, num_queries - 1))
+        last = past
+        if SKIP:
+            # What these rows see of what the tile sees: one tile at least, none past the end.
+            high = gl.load(end_row + gl.minimum(row + ROWS, num_queries) - 1)
+            high = gl.where(row < num_queries, high, 0)
+            last = gl.minimum(gl.maximum(first + BLOCK_N, gl.cdiv(high, BLOCK_N) * BLOCK_N), past)
 
         mbarrier.wait(q_full, turn & 1)
         slot = it % STAGES
@@ -177,9 +211,9 @@ def _consume(
         p = gl.convert_layout(weights.to(dtype), p_layout)
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
         after = it + 1
-        more = first + BLOCK_N < past
+        more = first + BLOCK_N < last
         mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=more)
-        for n in range(first + BLOCK_N, past, BLOCK_N):
+        for n in range(first + BLOCK_N, last, BLOCK_N):
             before = it % STAGES
             phase = (it // STAGES) & 1
             it += 1
@@ -202,7 +236,7 @@ def _consume(
             total = total * lane_decay[:, None] + sums
             top = new_top
             after = it + 1
-            more = n + BLOCK_N < past
+            more = n + BLOCK_N < last
             mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=more)
             acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
             mbarrier.arrive(v_empty.index(before), count=1)
@@ -219,24 +253,36 @@ def _consume(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(slot), count=1)
         it += 1
+        if SKIP:
+            for _ in range(last, past, BLOCK_N):
+                slot = it % STAGES
+                mbarrier.wait(k_full.index(slot), (it // STAGES) & 1)
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
+                mbarrier.arrive(v_empty.index(slot), count=1)
+                it += 1
         acc = acc * gl.convert_layout(share, o_rows)[:, None]
         tma.store_wait(0)
         o_tile.reshape([ROWS, D]).store(acc.to(dtype))
         fence_async_shared()
         tma_store(o_desc, [plane // HEADS, plane % HEADS, row, 0], o_tile)
+        turn += 1
+        item = _given(drawn, turn) if DYNAMIC else item + gl.num_programs(0)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_queries", "items"])
 def _mixed_attention_fwd_hopper_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse_ptr, start, end, outer, num_queries, items,
+    q_desc, k_desc, v_desc, o_desc, lse_ptr, counter_ptr, start, end, outer, num_queries, items,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr,
+    DYNAMIC: gl.constexpr, SKIP: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, D) tiles of the output, ``items`` in all; grid = (multiprocessors,).
 
-    ``start`` and ``end``: see ``of_sample``.
+    ``start`` and ``end``: see ``of_sample``. Only DYNAMIC needs the counter, a zero: which program
+    computes a tile has no influence on its result.
     """
     rows: gl.constexpr = BLOCK_M // GROUPS
     dtype: gl.constexpr = q_desc.dtype
@@ -252,6 +298,10 @@ def _mixed_attention_fwd_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
+    item_full = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
+    item_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    mbarrier.init(item_full.index(0), count=1)
+    mbarrier.init(item_full.index(1), count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=GROUPS)
     mbarrier.init(v_raw, count=1)
@@ -263,32 +313,47 @@ def _mixed_attention_fwd_hopper_kernel(
     # The barriers must be seen by the copy engine before the first copy.
     fence_async_shared()
     tiles_smem = (q_smem, k_smem, v_smem, o_smem)
-    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw)
+    drawn = (item_full, item_smem)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw, drawn)
     bounds = (start, end, num_queries, items)
     consumed = (o_desc, lse_ptr, outer, bounds, tiles_smem, bars)
-    produced = (q_desc, k_desc, v_desc, bounds, tiles_smem, bars)
+    produced = (q_desc, k_desc, v_desc, counter_ptr, bounds, tiles_smem, bars)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 0)),
-                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 1)),
-                (_produce, (produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS)),
+                (_consume, (
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 0,
+                )),
+                (_consume, (
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 1,
+                )),
+                (_produce, (
+                    produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC,
+                )),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
     else:
         gl.static_assert(GROUPS == 3)
         gl.warp_specialize(
             [
-                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 0)),
-                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 1)),
-                (_consume, (consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, 2)),
-                (_produce, (produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS)),
+                (_consume, (
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 0,
+                )),
+                (_consume, (
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 1,
+                )),
+                (_consume, (
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 2,
+                )),
+                (_produce, (
+                    produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC,
+                )),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+        )  # fmt: skip
 
 
 def hopper_fwd(
@@ -301,8 +366,12 @@ def hopper_fwd(
     items = triton.cdiv(length, picked.block_m) * batch * heads
     programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
     bounds = zip(*by_sample(start, end), strict=True)
+    counter = lse
+    if picked.dynamic:
+        # One of its own for every launch: graphs that are replayed and streams side by side.
+        counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _mixed_attention_fwd_hopper_kernel[(programs,)](
         tile_descriptor(q, rows), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
-        tile_descriptor(out, rows), lse, *bounds, scale * LOG2_E, length, items,
+        tile_descriptor(out, rows), lse, counter, *bounds, scale * LOG2_E, length, items,
         HEADS=heads, GROUP=heads // k.shape[1], D=dim, **picked.constants(), num_warps=4,
     )  # fmt: skip
