@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name as canonical
 
 ROOT = Path(__file__).resolve().parents[1]
-VERSIONS = ("4.57.6", "5.0.0", "5.3.0", "5.8.1", "5.17.0", "5.23.0")
+VERSIONS = ("4.57.6", "5.0.0", "5.3.0", "5.8.1", "5.17.0", "5.23.0", "5.24.0")
 TESTS = ("test_transformers_*.py", "test_llava.py", "test_checkpoints.py", "test_docs_examples.py")
 
 

@@ -24,12 +24,11 @@ def registered():
     croc.register()
 
 
-def cases(*fast, slow=True):
-    """Parameters: the named families by default, the others behind the marker."""
+def cases(*fast):
+    """Parameters: the named models by default, the others behind the marker."""
     return [
         pytest.param(case, id=name, marks=() if name in fast else pytest.mark.slow)
-        for name, case in zoo.CASES.items()
-        if name in fast or slow
+        for name, case in (zoo.CASES | zoo.TEXT_CASES).items()
     ]
 
 
@@ -55,7 +54,8 @@ def test_logits_and_gradients_match_eager(case, side):
     inputs = zoo.batch(case, model, side=side)
     valid = inputs["attention_mask"].bool()
     exact, exact_gradients = logits_and_gradients(model, inputs, "eager")
-    for implementation in ("croc", {"text_config": "croc", "vision_config": "eager"}):
+    parts = [{"text_config": "croc", "vision_config": "eager"}] if case.pixels else []
+    for implementation in ("croc", *parts):
         logits, gradients = logits_and_gradients(model, inputs, implementation)
         torch.testing.assert_close(logits[valid], exact[valid], rtol=0, atol=TOLERANCE)
         assert gradients.keys() == exact_gradients.keys()
@@ -186,16 +186,6 @@ def test_known_faults_of_packed_rows_are_real(name):
     assert wrong == told
 
 
-def test_packed_rows_of_text():
-    model = transformers.LlamaForCausalLM(zoo.llama())
-    model.set_attn_implementation("croc")
-    ids = torch.randint(3, 90, (1, 20))
-    position = torch.cat([torch.arange(8), torch.arange(12)])[None]
-    together = model(input_ids=ids, position_ids=position, use_cache=False).logits
-    apart = torch.cat([model(input_ids=part).logits for part in ids.split([8, 12], 1)], 1)
-    torch.testing.assert_close(together, apart, rtol=0, atol=TOLERANCE)
-
-
 @pytest.mark.parametrize("name", [*dict(text_models()), "llava", "gemma3"])
 @pytest.mark.parametrize("how", ["a cache", "a padding mask"])
 def test_packed_rows_that_transformers_joins_are_refused(name, how):
@@ -217,116 +207,3 @@ def test_packed_rows_that_transformers_joins_are_refused(name, how):
         options = {"use_cache": False, "attention_mask": torch.ones_like(joined["input_ids"])}
     with pytest.raises(RuntimeError, match="packed rows need use_cache=False"):
         model(**joined, **options)
-
-
-# --- generation, checkpointing, compile, autocast -------------------------------------------------
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("case", cases("llava", "gemma3"))
-def test_generation_matches_eager(case, cache):
-    needs(case)
-    model = case.model(attn_implementation="eager")
-    inputs = zoo.prompts_only(zoo.batch(case, model)) | zoo.first_pixels(case, 2)
-    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
-    if cache == "static":
-        options["cache_implementation"] = "static"
-    try:
-        expected = model.generate(**inputs, **options)
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        pytest.skip(f"eager itself fails with a {cache} cache: {error}")
-    if (case.name, cache) == ("qwen3_vl", "static") and transformers.__version__ < "5":
-        pytest.skip("transformers 4.57 takes the diagonal of a prepared mask: dense ones only")
-    model.set_attn_implementation("croc")
-    assert torch.equal(model.generate(**inputs, **options), expected)
-
-
-def test_left_padded_batch_generates_what_single_rows_do():
-    model = transformers.LlamaForCausalLM(zoo.llama()).eval()
-    model.set_attn_implementation("croc")
-    ids = torch.randint(3, 90, (2, 9))
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    options = {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
-    both = model.generate(ids, attention_mask=mask, **options)
-    alone = model.generate(ids[:1, 4:], **options)
-    assert torch.equal(both[0, 9:], alone[0, 5:])
-
-
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_gradient_checkpointing_changes_nothing(reentrant):
-    case = zoo.CASES["gemma3"]
-    model = case.model().train()
-    inputs = zoo.batch(case, model)
-    _, plain = logits_and_gradients(model, inputs, "croc")
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    if reentrant:
-        model.enable_input_require_grads()
-    _, checkpointed = logits_and_gradients(model, inputs, "croc")
-    for name, gradient in plain.items():
-        if reentrant and "vision_tower" in name:
-            continue
-        assert torch.equal(gradient, checkpointed[name]), name
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["llava", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gemma3"))],
-)
-def test_fullgraph_compile(name):
-    torch._dynamo.reset()
-    if name == "llama":
-        model = transformers.LlamaForCausalLM(zoo.llama())
-        ids = torch.randint(3, 90, (2, 9))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    else:
-        if transformers.__version__.startswith("4."):
-            pytest.skip("transformers 4.57 itself asks the device how many image tokens there are")
-        if torch.__version__.startswith("2.11."):
-            pytest.skip("torch 2.11 can't compile this model with stock attention either")
-        case = zoo.CASES[name]
-        model = case.model()
-        inputs = zoo.batch(case, model)
-    model.set_attn_implementation({"text_config": "croc"} if name != "llama" else "croc")
-    plain = model(**inputs).logits
-    try:
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).logits
-    except torch._dynamo.exc.Unsupported as error:
-        if zoo.UNTRACEABLE not in str(error):
-            raise
-        pytest.skip(zoo.UNTRACEABLE_REASON)
-    torch.testing.assert_close(compiled, plain, rtol=0, atol=TOLERANCE)
-
-
-def test_one_graph_serves_many_lengths():
-    """Dynamo makes lengths symbolic at the second batch; nothing of ours ties them down again."""
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    torch._dynamo.reset()
-    model = transformers.LlamaForCausalLM(zoo.llama())
-    model.set_attn_implementation("croc")
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for length in (40, 57, 64, 90):
-        ids = torch.randint(3, 90, (2, length))
-        padding = torch.ones_like(ids)
-        padding[0, : length // 8] = 0
-        inputs = {"input_ids": ids, "attention_mask": padding}
-        found = compiled(**inputs).logits[padding.bool()]
-        torch.testing.assert_close(found, model(**inputs).logits[padding.bool()])
-    assert counter.frame_count == 2
-
-
-def test_bf16_autocast():
-    case = zoo.CASES["gemma3"]
-    model = case.model()
-    inputs = zoo.batch(case, model)
-    valid = inputs["attention_mask"].bool()
-    model.set_attn_implementation("eager")
-    exact = model(**inputs).logits[valid]
-    errors = {}
-    for implementation in ("sdpa", "croc"):
-        model.set_attn_implementation(implementation)
-        with torch.autocast("cpu", torch.bfloat16):
-            errors[implementation] = (model(**inputs).logits[valid] - exact).abs().max()
-    assert errors["croc"] <= 2 * errors["sdpa"]

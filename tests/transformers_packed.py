@@ -29,7 +29,7 @@ def separate(case: zoo.Case, model: nn.Module) -> list[dict[str, Any]]:
 def positions(case: zoo.Case, model: nn.Module, rows: list[dict[str, Any]]) -> torch.Tensor:
     """Positions that start anew in each document; Qwen's have three more rows for its images."""
     places = torch.cat([torch.arange(row["input_ids"].shape[1]) for row in rows])[None]
-    if not case.name.startswith("qwen"):
+    if not (case.pixels and case.name.startswith("qwen")):
         return places
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
     axes = [model.model.get_rope_index(**{n: row[n] for n in names if n in row})[0] for row in rows]

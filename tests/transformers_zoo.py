@@ -193,7 +193,9 @@ class Case:
     name: str
     config: Callable[[], Any]
     model_class: str
-    pixels: Callable[[int], dict[str, Any]] = lambda n: {"pixel_values": torch.randn(n, 3, 8, 8)}
+    pixels: Callable[[int], dict[str, Any]] | None = lambda n: {
+        "pixel_values": torch.randn(n, 3, 8, 8)
+    }
     token_types: str | None = None
     wrap: tuple[int, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
@@ -292,6 +294,13 @@ CASES = {
 }
 
 
+# Models of text alone: batch() gives them the same samples without images.
+TEXT_CASES = {
+    "llama": Case("llama", llama, "LlamaForCausalLM", None),
+    "qwen2": Case("qwen2", qwen2, "Qwen2ForCausalLM", None),
+}
+
+
 def image_lengths(model: nn.Module, pixels: dict[str, Any]) -> list[int]:
     """Rows of each image as the plain model makes them."""
     inner = model.model
@@ -319,8 +328,8 @@ def batch(
     them.
     """
     torch.manual_seed(seed)
-    pixels = case.pixels(3)
-    lengths = image_lengths(model, pixels)
+    pixels = case.pixels(3) if case.pixels else {}
+    lengths = image_lengths(model, pixels) if pixels else [0, 0, 0]
 
     def image(i: int) -> list[int]:
         return [*case.wrap[:1], *[IMAGE] * lengths[i], *case.wrap[1:]]
@@ -374,4 +383,4 @@ def prompts_only(inputs: dict[str, Any], row: int = 0) -> dict[str, Any]:
 def first_pixels(case: Case, n: int) -> dict[str, Any]:
     """Pixels of ``n`` images of the geometry that :func:`batch` starts with."""
     torch.manual_seed(7)
-    return case.pixels(n)
+    return case.pixels(n) if case.pixels else {}
