@@ -46,18 +46,17 @@ float median(std::vector<float> values) {
 // The step of the path search, alone: the first n columns are matched, the others forbidden, so
 // that a search scans all n rows and gives up.
 template <int kGroups>
-__global__ void __launch_bounds__(kPathThreads, 1)
+__global__ void __launch_bounds__(path_threads(kGroups), 1)
     scan_all_rows(Arguments a, int* reads, int* steps) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<float> p(a);
   State s;
-  s.carve_for_paths(shared, a.max_n(), a.max_m(), false);
+  s.carve_for_paths(shared, a.max_n(), a.max_m(), kGroups);
   for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) s.v[j] = 0.0;
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.row_of[j] = j < p.n - 1 ? j : -1;
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.u[i] = 0.0, s.twin[i] = i;
   __syncthreads();
-  Search<kGroups> search;
-  const PathEnd end = shortest_path<float>(p.costs, s, search, p.n - 1);
+  const PathEnd end = shortest_path<float, kGroups, true>(p.costs, s, p.n - 1);
   if (threadIdx.x == 0) reads[blockIdx.x] = end.reads, steps[blockIdx.x] = end.steps;
 }
 
@@ -228,6 +227,7 @@ int main(int argc, char** argv) {
   }
   for (int batch : {4, 32, 128}) {
     measure_scan<1>(batch, 432, 2048, 512);
+    measure_scan<2>(batch, 432, 2048, 256);
     measure_scan<4>(batch, 432, 2048, 128);
   }
   for (int batch : {4, 32, 128})

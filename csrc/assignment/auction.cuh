@@ -24,13 +24,22 @@ struct Offer {
   int row;
 };
 
-// One warp scans one column.
+// The least and second least of both, given what the rows of this warp's lanes offer.
+__device__ inline Offer warp_offer(double least, double second, unsigned key) {
+  const Least found = warp_least({ordered(least), key});
+  const bool winner = found.key == key && found.value == ordered(least);
+  const uint64_t runner_up = warp_min(ordered(winner ? second : least));
+  return {from_ordered(found.value), from_ordered(runner_up), static_cast<int>(found.key)};
+}
+
+// One warp reads every `parts`-th group of rows of a column, from group `part` on.
 template <class T>
-__device__ Offer find_offer(const Costs<T>& costs, const State& s, int column) {
+__device__ Offer find_offer(const Costs<T>& costs, const State& s, int column, int part,
+                            int parts) {
   double least = infinity(), second = infinity();
   unsigned key = ~0u;
 #pragma unroll 8
-  for (int i = lane_id(); i < costs.n; i += kWarp) {
+  for (int i = part * kWarp + lane_id(); i < costs.n; i += parts * kWarp) {
     const double reduced = costs.at(i, column) - s.u[i];
     if (reduced < least) {
       second = least;
@@ -40,29 +49,43 @@ __device__ Offer find_offer(const Costs<T>& costs, const State& s, int column) {
       second = fmin(second, reduced);
     }
   }
-  const Least found = warp_least({ordered(least), key});
-  const bool winner = found.key == key && found.value == ordered(least);
-  const uint64_t runner_up = warp_min(ordered(winner ? second : least));
-  return {from_ordered(found.value), from_ordered(runner_up), static_cast<int>(found.key)};
+  return warp_offer(least, second, key);
 }
 
 // Every listed column offers its nearest row a place at a price that its second choice sets, or
-// gives up its price.
+// gives up its price. Where columns are few, several warps share one.
 template <class T>
 __device__ void place_offers(const Costs<T>& costs, const State& s, int count, double epsilon) {
-  for (int k = warp_id(); k < count; k += warp_count()) {
-    const int column = s.list[k];
-    const Offer offer = find_offer(costs, s, column);
-    if (lane_id() != 0) continue;
+  __shared__ Offer offers[kWarp];
+  int parts = 1;
+  while (2 * parts * count <= warp_count()) parts *= 2;
+  const auto place = [&](int k, Offer offer) {
     if (!(-offer.least > epsilon)) {
       s.target[k] = -1;
-      continue;
+      return;
     }
     const double price = fmin(-offer.least, fmax(0.0, -offer.second - epsilon));
     s.target[k] = offer.row;
-    s.bid[k] = costs.at(offer.row, column) + price;  // what the row would pay
+    s.bid[k] = costs.at(offer.row, s.list[k]) + price;  // what the row would pay
     atomicMin(reinterpret_cast<unsigned long long*>(&s.best[offer.row]),
               static_cast<unsigned long long>(ordered(s.bid[k])));
+  };
+  for (int k = warp_id() / parts; k < count; k += warp_count() / parts) {
+    const Offer offer = find_offer(costs, s, s.list[k], warp_id() % parts, parts);
+    if (lane_id() != 0) continue;
+    if (parts > 1)
+      offers[warp_id()] = offer;
+    else
+      place(k, offer);
+  }
+  __syncthreads();
+  if (parts == 1) return;
+  if (warp_id() < count) {
+    const int k = warp_id();
+    const Offer mine = lane_id() < parts ? offers[k * parts + lane_id()]
+                                         : Offer{infinity(), infinity(), -1};
+    const Offer offer = warp_offer(mine.least, mine.second, static_cast<unsigned>(mine.row));
+    if (lane_id() == 0) place(k, offer);
   }
   __syncthreads();
 }

@@ -13,9 +13,7 @@ constexpr int kNobody = 0x7fffffff;
 template <class T>
 __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
   const int turn = rotation(row, costs.m);
-  const auto key_of = [&](int column) {
-    return rotated(column, turn, costs.m) | (s.row_of[column] >= 0 ? kMatched : 0u);
-  };
+  const auto key_of = [&](int column) { return bid_key(s, column, turn, costs.m); };
   double least = infinity(), second = infinity();
   int column = -1;
   for_row(costs, row, [&](int first, const T (&x)[4]) {
@@ -40,31 +38,44 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
           unrotated(found.key & ~kMatched, turn, costs.m)};
 }
 
-// Bids for all free rows; returns whether any was made. Without an epsilon a bid that would not
+// Writes entry k of the bids; returns whether there is one. Without an epsilon a bid that would not
 // lower the dual of a taken column is not made: it could go round for ever.
+__device__ inline bool place_bid(const State& s, int k, Bid bid, double epsilon) {
+  const bool taken = bid.column >= 0 && s.row_of[bid.column] >= 0;
+  // The only column a row may have: any price is right, so none is made up.
+  double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
+  if (!is_finite(bid.least) || (taken && !(step > 0.0))) {
+    s.target[k] = -1;
+    return false;
+  }
+  step = fmax(step, 0.0);
+  s.target[k] = bid.column;
+  s.bid[k] = s.v[bid.column] - step;
+  s.u[s.list[k]] = bid.least + step;
+  atomicMin(reinterpret_cast<unsigned long long*>(&s.best[bid.column]),
+            static_cast<unsigned long long>(ordered(s.bid[k])));
+  return true;
+}
+
+// Bids for all free rows; returns whether any was made.
 template <class T>
 __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s,
                            int num_free, double epsilon) {
-  int made = 0;
-  for (int k = warp_id(); k < num_free; k += warp_count()) {
-    const int row = s.list[k];
-    const Bid bid = lists.bound != nullptr ? bid_from_list(costs, lists, s, row)
-                                           : find_bid(costs, s, row);
-    if (lane_id() != 0) continue;
-    const bool taken = bid.column >= 0 && s.row_of[bid.column] >= 0;
-    // The only column a row may have: any price is right, so none is made up.
-    double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
-    if (!is_finite(bid.least) || (taken && !(step > 0.0))) {
-      s.target[k] = -1;
-      continue;
-    }
-    step = fmax(step, 0.0);
-    s.target[k] = bid.column;
-    s.bid[k] = s.v[bid.column] - step;
-    s.u[row] = bid.least + step;
-    atomicMin(reinterpret_cast<unsigned long long*>(&s.best[bid.column]),
-              static_cast<unsigned long long>(ordered(s.bid[k])));
-    made = 1;
+  const bool listed = lists.bound != nullptr;
+  const int stride = listed ? 2 * warp_count() : warp_count();
+  bool made = false;
+  for (int k = warp_id(); k < num_free; k += stride) {
+    const int other = k + warp_count();
+    const bool two = listed && other < num_free;
+    Bid bids[2];
+    if (listed)
+      bids_from_lists(costs, lists, s, s.list[k], two ? s.list[other] : -1, bids);
+    else
+      bids[0] = find_bid(costs, s, s.list[k]);
+    if (lane_id() == 0)
+      made |= place_bid(s, k, bids[0], epsilon);
+    else if (lane_id() == 1 && two)
+      made |= place_bid(s, other, bids[1], epsilon);
   }
   return __syncthreads_or(made) != 0;
 }

@@ -108,21 +108,33 @@ __device__ inline int block_count(int x, int turn) {
 }
 
 // Writes the indices below `count` for which `keep` holds to `list`, in order and at most `room` of
-// them; returns how many it wrote.
+// them; returns how many it wrote. Four indices per thread and barrier.
 template <class Keep>
 __device__ int block_collect(int count, int* list, int room, Keep keep) {
   __shared__ int slots[2][kWarp];
+  const unsigned earlier_lanes = (1u << lane_id()) - 1u;
   int total = 0, turn = 0;
-  for (int first = 0; first < count; first += blockDim.x, ++turn) {
-    const int k = first + static_cast<int>(threadIdx.x);
-    const bool kept = k < count && keep(k);
-    const unsigned votes = __ballot_sync(kAllLanes, kept);
-    if (lane_id() == 0) slots[turn & 1][warp_id()] = __popc(votes);
+  for (int start = 0; start < count; start += 4 * blockDim.x, ++turn) {
+    const int first = start + 4 * static_cast<int>(threadIdx.x);
+    bool kept[4];
+    int before = 0, of_warp = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      kept[k] = first + k < count && keep(first + k);
+      const unsigned votes = __ballot_sync(kAllLanes, kept[k]);
+      before += __popc(votes & earlier_lanes);
+      of_warp += __popc(votes);
+    }
+    if (lane_id() == 0) slots[turn & 1][warp_id()] = of_warp;
     __syncthreads();
     const int here = lane_id() < warp_count() ? slots[turn & 1][lane_id()] : 0;
-    const int before = __reduce_add_sync(kAllLanes, lane_id() < warp_id() ? here : 0);
-    const int place = total + before + __popc(votes & ((1u << lane_id()) - 1u));
-    if (kept && place < room) list[place] = k;
+    int place = total + before + __reduce_add_sync(kAllLanes, static_cast<unsigned>(
+                                     lane_id() < warp_id() ? here : 0));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (kept[k] && place < room) list[place] = first + k;
+      place += kept[k];
+    }
     total += static_cast<int>(__reduce_add_sync(kAllLanes, static_cast<unsigned>(here)));
   }
   __syncthreads();

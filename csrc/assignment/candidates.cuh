@@ -12,6 +12,8 @@
 
 namespace croc::gpu {
 
+constexpr int kRefills = 3;  // with more shares in doubt the whole row is read
+
 struct Bid {
   double least, second;  // the two smallest reduced costs of the row
   int column;            // of the least; an unmatched one if there is a choice
@@ -90,9 +92,10 @@ __device__ void store_list(const Costs<T>& costs, const Lists<T>& lists, int row
   share.store(lists, row, lane_id());
 }
 
-// Least reduced cost of a row, and its list under the duals v. By one warp.
+// Least reduced cost of a row, and its list under the duals v. By one warp. Rarely called from code
+// whose registers it would take.
 template <class T>
-__device__ double list_row(const Costs<T>& costs, const Lists<T>& lists, const double* v, int row) {
+__device__ CROC_NOINLINE double list_row(const Costs<T>& costs, const Lists<T>& lists, const double* v, int row) {
   const bool listed = lists.bound != nullptr;
   double least = infinity();
   Nearest nearest = Nearest::none();
@@ -157,48 +160,88 @@ __device__ void refill(const Costs<T>& costs, const Lists<T>& lists, const doubl
   share.store(lists, row, lane);
 }
 
-// What find_bid returns, from the row's list. By one warp.
+// What a row's list says: its best entry, the value of the second best, and the lanes in whose share
+// something better could be that is not listed. By one warp.
+struct Glance {
+  Least found;
+  uint64_t runner_up;
+  unsigned doubts;
+
+  __device__ Bid bid(int turn, int m) const {
+    if (found.key == ~0u) return {infinity(), infinity(), -1};
+    return {from_ordered(found.value),
+            runner_up == ~uint64_t{0} ? infinity() : from_ordered(runner_up),
+            unrotated(found.key & ~kMatched, turn, m)};
+  }
+};
+
+// Of equal columns an unmatched one is better, then the first in the row's own order.
+__device__ inline unsigned bid_key(const State& s, int column, int turn, int m) {
+  return rotated(column, turn, m) | (s.row_of[column] >= 0 ? kMatched : 0u);
+}
+
 template <class T>
-__device__ Bid bid_from_list(const Costs<T>& costs, const Lists<T>& lists, const State& s,
-                             int row) {
+__device__ Glance glance(const State& s, const Share<T>& share, int turn, int m) {
+  Least least = Least::none(), second = Least::none();
+#pragma unroll
+  for (int k = 0; k < kListed; ++k) {
+    if (share.column[k] < 0) continue;
+    const double reduced = static_cast<double>(share.cost[k]) - s.v[share.column[k]];
+    if (!is_finite(reduced)) continue;
+    const Least mine{ordered(reduced), bid_key(s, share.column[k], turn, m)};
+    if (mine < least)
+      second = least, least = mine;
+    else if (mine < second)
+      second = mine;
+  }
+  const Least found = warp_least(least);
+  const uint64_t runner_up = warp_min(found.key == least.key ? second.value : least.value);
+  const uint64_t bound = ordered(static_cast<double>(share.bound));
+  const bool doubtful =
+      share.bound < infinity() &&
+      (bound < runner_up || (bound <= found.value && (found.key & kMatched)));
+  return {found, runner_up, __ballot_sync(kAllLanes, doubtful)};
+}
+
+// What find_bid returns, once the shares in doubt have been read again.
+template <class T>
+__device__ CROC_NOINLINE Bid bid_in_doubt(const Costs<T>& costs, const Lists<T>& lists,
+                                          const State& s, int row) {
   const int turn = rotation(row, costs.m);
-  const auto key_of = [&](int column) {
-    return rotated(column, turn, costs.m) | (s.row_of[column] >= 0 ? kMatched : 0u);
-  };
+  const auto key_of = [&](int column) { return bid_key(s, column, turn, costs.m); };
   const auto column_of = [&](unsigned key) { return unrotated(key & ~kMatched, turn, costs.m); };
   Share<T> share;
   share.load(lists, row, lane_id());
   unsigned again = 0;  // lanes whose share was read again
-  while (true) {
-    Least least = Least::none(), second = Least::none();
-#pragma unroll
-    for (int k = 0; k < kListed; ++k) {
-      if (share.column[k] < 0) continue;
-      const double reduced = static_cast<double>(share.cost[k]) - s.v[share.column[k]];
-      if (!is_finite(reduced)) continue;
-      const Least mine{ordered(reduced), key_of(share.column[k])};
-      if (mine < least)
-        second = least, least = mine;
-      else if (mine < second)
-        second = mine;
-    }
-    const Least found = warp_least(least);
-    const uint64_t runner_up = warp_min(found.key == least.key ? second.value : least.value);
-    const uint64_t bound = ordered(static_cast<double>(share.bound));
-    const bool finite = share.bound < infinity();
-    const bool doubtful =
-        finite && (bound < runner_up || (bound <= found.value && (found.key & kMatched)));
-    const unsigned doubts = __ballot_sync(kAllLanes, doubtful) & ~again;
-    if (doubts == 0) {
-      if (found.key == ~0u) return {infinity(), infinity(), -1};
-      return {from_ordered(found.value),
-              runner_up == ~uint64_t{0} ? infinity() : from_ordered(runner_up),
-              column_of(found.key)};
+  for (bool whole = false;;) {
+    const Glance found = glance(s, share, turn, costs.m);
+    const unsigned doubts = found.doubts & ~again;
+    if (doubts == 0) return found.bid(turn, costs.m);
+    if (!whole && __popc(doubts) > kRefills) {
+      list_row(costs, lists, s.v, row);
+      share.load(lists, row, lane_id());
+      whole = true, again = 0;
+      continue;
     }
     const int lane = __ffs(static_cast<int>(doubts)) - 1;
     refill(costs, lists, s.v, row, lane, share, key_of, column_of);
     again |= 1u << lane;
   }
+}
+
+// The bids of two rows, whose steps the processor can take side by side. `second` may be -1.
+template <class T>
+__device__ void bids_from_lists(const Costs<T>& costs, const Lists<T>& lists, const State& s,
+                                int first, int second, Bid (&bids)[2]) {
+  const int other = second < 0 ? first : second;
+  Share<T> share, its_share;
+  share.load(lists, first, lane_id());
+  its_share.load(lists, other, lane_id());
+  const int turn = rotation(first, costs.m), its_turn = rotation(other, costs.m);
+  const Glance found = glance(s, share, turn, costs.m);
+  const Glance its = glance(s, its_share, its_turn, costs.m);
+  bids[0] = found.doubts == 0 ? found.bid(turn, costs.m) : bid_in_doubt(costs, lists, s, first);
+  bids[1] = its.doubts == 0 ? its.bid(its_turn, costs.m) : bid_in_doubt(costs, lists, s, other);
 }
 
 }  // namespace croc::gpu

@@ -5,6 +5,7 @@
 
 namespace croc::gpu {
 
+__device__ inline unsigned folded_bits(float x) { return __float_as_uint(x); }
 __device__ inline unsigned folded_bits(double x) {
   const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(x));
   return static_cast<unsigned>(bits ^ bits >> 32);
@@ -27,10 +28,12 @@ __global__ void nearest_columns(Arguments a) {
     four(p.work.v, first, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      hash = 31 * hash + folded_bits(static_cast<double>(x[k]));
+      hash = 31 * hash + folded_bits(x[k]);
       const double reduced = static_cast<double>(x[k]) - v[k];
-      const unsigned mine = rotated(first + k, turn, p.m);
-      if (reduced < least || (reduced == least && mine < key)) least = reduced, key = mine;
+      if (reduced <= least) {
+        const unsigned mine = rotated(first + k, turn, p.m);
+        if (reduced < least || mine < key) least = reduced, key = mine;
+      }
       if (listed) nearest.add(reduced, first + k);
     }
   });

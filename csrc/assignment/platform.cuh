@@ -7,8 +7,10 @@
 
 #ifdef CROC_EMULATION
 #include "emulation.h"
+#define CROC_NOINLINE
 #else
 #include <cuda_runtime.h>
+#define CROC_NOINLINE __noinline__
 #define CROC_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
@@ -22,7 +24,10 @@ __device__ inline bool is_finite(double x) { return x - x == 0.0; }
 
 // Without fmin's rules for NaN, which cost instructions: a cost that is NaN ends its problem before
 // any use of this.
-__device__ inline double lesser(double x, double y) { return x < y ? x : y; }
+template <class T>
+__device__ T lesser(T x, T y) {
+  return x < y ? x : y;
+}
 
 template <class T>
 __device__ T greater(T x, T y) {

@@ -55,6 +55,7 @@ struct Arguments {
   unsigned char* workspace;
   int64_t workspace_stride;  // bytes per problem
   int64_t state_bytes;       // of it, for phases whose state does not fit into shared memory
+  bool paths_in_shared;      // whether that of the paths does
 
   __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }
   __host__ __device__ int max_m() const { return rows < columns ? columns : rows; }
@@ -63,6 +64,7 @@ struct Arguments {
 // Length of an array that is read four entries at a time.
 __host__ __device__ inline int padded(int m) { return (m + 3) / 4 * 4; }
 
+constexpr int kMostThreads = 1024;  // of a block
 constexpr int kListed = 4;          // candidates per lane of the warp that reads a row
 constexpr int kListColumns = 1024;  // with fewer columns a list is no shorter than its row
 
@@ -94,8 +96,9 @@ struct State {
   // Paths:
   int* twin;      // (n) the first row with the same costs
   int* waiting;   // (m) columns to release
-  double* reach;  // (m) distances, and
-  int* tree;      // (m) whether in the tree: only in the workspace, else in registers
+  double* reach;  // (m) distances from the source
+  void* limit;    // of nodes, see search.cuh, in the costs' type or a wider one,
+  float* key;     // and their keys: only without groups, else in registers
 
   __host__ __device__ int64_t carve_for_bidding(unsigned char* base, int n, int m) {
     Carver carver{base};
@@ -106,14 +109,16 @@ struct State {
     return carver.used;
   }
 
-  __host__ __device__ int64_t carve_for_paths(unsigned char* base, int n, int m,
-                                              bool in_workspace) {
+  // `groups` as in Plan.
+  __host__ __device__ int64_t carve_for_paths(unsigned char* base, int n, int m, int groups) {
     Carver carver{base};
     carve_matching(carver, n, m);
     twin = carver.take<int>(n);
     waiting = carver.take<int>(m);
-    reach = in_workspace ? carver.take<double>(m) : nullptr;
-    tree = in_workspace ? carver.take<int>(m) : nullptr;
+    reach = carver.take<double>(m);
+    const int64_t nodes = groups > 0 ? 0 : m + 4 * int64_t{kMostThreads};
+    limit = carver.take<double>(nodes);
+    key = carver.take<float>(nodes);
     return carver.used;
   }
 
@@ -201,30 +206,41 @@ struct Costs {
   }
 
   // Columns first..first+3 of a row; +inf beyond the last one.
-  template <class Value>
-  __device__ void four(int row, int first, Value (&out)[4]) const {
-    const T* p = base + row * row_stride;
-    if (vectors && first < m) {
-      load_vector(p + first, out);
-      return;
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-      out[k] = first + k < m
-                   ? static_cast<Value>(sign * __ldg(p + (first + k) * column_stride))
-                   : static_cast<Value>(infinity());
+  __device__ void four(int row, int first, T (&out)[4]) const {
+    raw_four(row, first, out);
+    apply_sign(out);
   }
 
- private:
-  template <class Value>
-  __device__ void load_vector(const float* p, Value (&out)[4]) const {
-    const float4 x = __ldg(reinterpret_cast<const float4*>(p));
-    out[0] = sign * x.x, out[1] = sign * x.y, out[2] = sign * x.z, out[3] = sign * x.w;
+  // The same before the sign is applied, which waits for the load: several loads can be under way.
+  __device__ void raw_four(int row, int first, T (&out)[4]) const {
+    const T* p = base + row * row_stride;
+    if (vectors) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[k] = sign * static_cast<T>(infinity());
+      if (first < m) load_vector(p + first, out);
+    } else {
+      load_each(p, first, out);
+    }
   }
-  __device__ void load_vector(const double* p, double (&out)[4]) const {
+  __device__ void apply_sign(T (&x)[4]) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] *= sign;
+  }
+
+  __device__ void load_each(const T* p, int first, T (&out)[4]) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      out[k] = first + k < m ? __ldg(p + (first + k) * column_stride)
+                             : sign * static_cast<T>(infinity());
+  }
+  __device__ static void load_vector(const float* p, float (&out)[4]) {
+    const float4 x = __ldg(reinterpret_cast<const float4*>(p));
+    out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
+  }
+  __device__ static void load_vector(const double* p, double (&out)[4]) {
     const double2 x = __ldg(reinterpret_cast<const double2*>(p));
     const double2 y = __ldg(reinterpret_cast<const double2*>(p) + 1);
-    out[0] = sign * x.x, out[1] = sign * x.y, out[2] = sign * y.x, out[3] = sign * y.y;
+    out[0] = x.x, out[1] = x.y, out[2] = y.x, out[3] = y.y;
   }
 };
 

@@ -4,47 +4,52 @@
 // zero, or takes a row.
 #pragma once
 
-#include <type_traits>
-
-#include "quad_search.cuh"
+#include "search.cuh"
 
 namespace croc::gpu {
 
-// How the searches keep their nodes: four per thread, more per thread, or in the workspace.
-template <int kGroups>
-using Search = std::conditional_t<kGroups == 1, Quad, Reached<kGroups>>;
+constexpr int path_threads(int groups) { return groups == 2 ? 256 : kPathThreads; }
+
+// One shortest path per row of the list; false if there is none for a row.
+template <class T, int kGroups, bool kVectors>
+__device__ bool match_listed(const Problem<T>& p, const State& s, int num_free) {
+  int reads = 0, steps = 0;
+  for (int k = 0; k < num_free; ++k) {
+    const int source = s.list[k];
+    const PathEnd end = shortest_path<T, kGroups, kVectors>(p.costs, s, source);
+    reads += end.reads, steps += end.steps;
+    if (end.column < 0) return false;
+    augment(p.costs, s, source, end);
+  }
+  if (threadIdx.x == 0) {
+    p.scalars().counters[kRowScans] = reads;
+    p.scalars().counters[kRowSteps] = steps;
+  }
+  return true;
+}
 
 // Grid (batch): one shortest path per row that is still free.
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
+__global__ void __launch_bounds__(path_threads(kGroups), 1) match_rows(Arguments a) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<T> p(a);
   if (p.failed() || p.n == 0) return;
   State s;
-  s.carve_for_paths(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
+  s.carve_for_paths(a.paths_in_shared ? shared : p.work.state, a.max_n(), a.max_m(), kGroups);
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.twin[i] = p.work.twin[i];
   load_state(p, s);
   const int num_free = block_collect(p.n, s.list, p.n, [&](int i) { return s.column_of[i] < 0; });
-  Search<kGroups> search;
-  int reads = 0, steps = 0;
-  for (int k = 0; k < num_free; ++k) {
-    const int source = s.list[k];
-    const PathEnd end = shortest_path<T>(p.costs, s, search, source);
-    reads += end.reads, steps += end.steps;
-    if (end.column < 0) {
-      if (threadIdx.x == 0) p.scalars().status = kInfeasible;
-      return;
-    }
-    augment(p.costs, s, search, source, end);
+  const bool matched = p.costs.vectors ? match_listed<T, kGroups, true>(p, s, num_free)
+                                       : match_listed<T, kGroups, false>(p, s, num_free);
+  if (!matched) {
+    if (threadIdx.x == 0) p.scalars().status = kInfeasible;
+    return;
   }
   int raised = 0;
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) raised |= s.row_of[j] < 0 && s.v[j] < 0.0;
   raised = __syncthreads_or(raised);
   store_state(p, s);
-  if (threadIdx.x != 0) return;
-  p.scalars().raised = raised;
-  p.scalars().counters[kRowScans] = reads;
-  p.scalars().counters[kRowSteps] = steps;
+  if (threadIdx.x == 0) p.scalars().raised = raised;
 }
 
 // Grid (batch, stripes): raise every unmatched column as far as the row duals let it, all at once.
@@ -74,22 +79,21 @@ __global__ void raise_columns(Arguments a) {
 
 // Grid (batch).
 template <class T, int kGroups>
-__global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) {
+__global__ void __launch_bounds__(path_threads(kGroups), 1) release_columns(Arguments a) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<T> p(a);
   if (p.failed() || p.n == 0 || !p.scalars().raised) return;
   State s;
-  s.carve_for_paths(kGroups > 0 ? shared : p.work.state, a.max_n(), a.max_m(), kGroups == 0);
+  s.carve_for_paths(a.paths_in_shared ? shared : p.work.state, a.max_n(), a.max_m(), kGroups);
   load_state(p, s);
   const int count =
       block_collect(p.m, s.waiting, p.m, [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
   int reads = 0, steps = 0;
-  Search<kGroups> search;
   for (int k = 0; k < count; ++k) {
     const int source = s.waiting[k];
-    const Release end = shortest_release<T>(p.costs, s, search, source);
+    const Release end = shortest_release<T, kGroups>(p.costs, s, source);
     reads += end.reads, steps += end.steps;
-    release(p.costs, s, search, source, end);
+    release(p.costs, s, source, end);
   }
   store_state(p, s);
   if (threadIdx.x == 0) {

@@ -31,8 +31,10 @@ struct Plan {
   int64_t bid_shared;   // bytes of shared memory for bidding; 0: its state is in the workspace
   int64_t path_shared;  // and for the paths
   int path_threads;
-  int groups;  // of 4 columns per thread in registers: 1 or 4; 0: distances are in the workspace
+  int groups;  // of 4 columns per thread in registers: kFewGroups or 4; 0: any number, in memory
 };
+
+constexpr int kFewGroups = 1;  // for up to 2048 columns
 
 inline Plan make_plan(int max_n, int max_m, int shared_limit) {
   const int64_t limit = shared_limit - 2048;  // the rest is for the reductions
@@ -40,14 +42,11 @@ inline Plan make_plan(int max_n, int max_m, int shared_limit) {
   Plan plan{};
   plan.bid_shared = s.carve_for_bidding(nullptr, max_n, max_m);
   if (plan.bid_shared > limit) plan.bid_shared = 0;
-  plan.path_shared = s.carve_for_paths(nullptr, max_n, max_m, false);
-  plan.path_threads = threads_for(ceil_div(max_m, 4), kPathThreads);
-  if (plan.path_shared > limit || max_m > 16 * kPathThreads) {
-    plan.path_shared = 0;
-    plan.path_threads = kPathThreads;
-  } else {
-    plan.groups = max_m <= 4 * plan.path_threads ? 1 : 4;
-  }
+  plan.groups = max_m <= 2048 ? kFewGroups : max_m <= 16 * kPathThreads ? 4 : 0;
+  plan.path_threads = threads_for(plan.groups > 0 ? ceil_div(max_m, 4 * plan.groups) : kPathThreads,
+                                  path_threads(plan.groups));
+  plan.path_shared = s.carve_for_paths(nullptr, max_n, max_m, plan.groups);
+  if (plan.path_shared > limit) plan.path_shared = 0;
   return plan;
 }
 
@@ -57,7 +56,8 @@ inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
   const int64_t bidding =
       plan.bid_shared > 0 ? 0 : s.carve_for_bidding(nullptr, a.max_n(), a.max_m());
   const int64_t paths =
-      plan.groups > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), true);
+      plan.path_shared > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), plan.groups);
+  a.paths_in_shared = plan.path_shared > 0;
   a.state_bytes = bidding > paths ? bidding : paths;
   Workspace w;
   a.workspace_stride = w.carve(nullptr, a);
@@ -100,8 +100,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     const int bid_threads = threads_for(ceil_div(a.max_m(), 4), kBidThreads);
     launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>, problems, bid_threads,
            plan.bid_shared, a);
-    if (plan.groups == 1)
-      finish<T, 1>(launch, a, plan, stripes, stripe_threads);
+    if (plan.groups == kFewGroups)
+      finish<T, kFewGroups>(launch, a, plan, stripes, stripe_threads);
     else if (plan.groups == 4)
       finish<T, 4>(launch, a, plan, stripes, stripe_threads);
     else

@@ -13,27 +13,43 @@ constexpr int kProblemThreads = 1024;  // one block per problem
 constexpr int kSampledRows = 64;       // that choose the start
 
 // Visits this block's stripe of columns: visit(row, four costs), first column of the four in
-// `first`.
+// `first`. Lanes beyond the last column visit nothing.
 template <class T, class Visit>
 __device__ void for_stripe(const Costs<T>& costs, int first, Visit visit) {
+  if (first >= costs.m) return;
+  const auto each = [&](auto load) {
 #pragma unroll 4
-  for (int row = warp_id(); row < costs.n; row += warp_count()) {
-    T x[4];
-    costs.four(row, first, x);
-    visit(row, x);
-  }
+    for (int row = warp_id(); row < costs.n; row += warp_count()) {
+      T x[4];
+      load(costs.base + row * costs.row_stride, x);
+      costs.apply_sign(x);
+      visit(row, x);
+    }
+  };
+  if (costs.vectors)
+    each([&](const T* p, T(&x)[4]) { Costs<T>::load_vector(p + first, x); });
+  else
+    each([&](const T* p, T(&x)[4]) { costs.load_each(p, first, x); });
 }
 
 // Visits a row with one warp: visit(first of four columns, four costs). Beyond the last column
 // costs are +inf.
 template <class T, class Visit>
 __device__ void for_row(const Costs<T>& costs, int row, Visit visit) {
+  const T* p = costs.base + row * costs.row_stride;
+  const auto each = [&](auto load) {
 #pragma unroll 4
-  for (int first = 4 * lane_id(); first < costs.m; first += 4 * kWarp) {
-    T x[4];
-    costs.four(row, first, x);
-    visit(first, x);
-  }
+    for (int first = 4 * lane_id(); first < costs.m; first += 4 * kWarp) {
+      T x[4];
+      load(first, x);
+      costs.apply_sign(x);
+      visit(first, x);
+    }
+  };
+  if (costs.vectors)
+    each([&](int first, T(&x)[4]) { Costs<T>::load_vector(p + first, x); });
+  else
+    each([&](int first, T(&x)[4]) { costs.load_each(p, first, x); });
 }
 
 __device__ inline int stripe_start() { return static_cast<int>(blockIdx.y) * kStripe; }

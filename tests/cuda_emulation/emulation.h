@@ -155,6 +155,12 @@ inline float __double2float_rd(double x) {
   const float nearest = static_cast<float>(x);
   return nearest > x ? std::nextafter(nearest, -INFINITY) : nearest;
 }
+inline float __double2float_ru(double x) { return -__double2float_rd(-x); }
+// Below the exact result, if not always the nearest number below it.
+inline double __fma_rd(double x, double y, double z) {
+  return std::nextafter(std::fma(x, y, z), -INFINITY);
+}
+inline float __fmaf_rd(float x, float y, float z) { return __double2float_rd(__fma_rd(x, y, z)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }

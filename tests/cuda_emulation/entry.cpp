@@ -84,7 +84,7 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
   return emulation::error();
 }
 
-// Bytes of workspace, and the plan: 2 or 8 groups of columns in registers, 0 for all state in the
+// Bytes of workspace, and the plan: 1 or 4 groups of columns in registers, 0 for all state in the
 // workspace.
 extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t shared_limit,
                                    int* groups) {

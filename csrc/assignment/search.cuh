@@ -1,0 +1,393 @@
+// Shortest paths over reduced costs, by a block. Every thread owns the same nodes throughout, and
+// several nodes are read per step.
+//
+// Dijkstra's algorithm reads the nearest node only. Here further near ones are read with it, each the
+// nearest of its warp; one that comes nearer later is read again. Distances only fall, so the search
+// ends with the same ones, in practice after a third or a quarter of the steps.
+//
+// A step is bound by the instructions of all threads, so nearly all costs are dismissed by one
+// addition and one comparison in the costs' own type, rounded so that none is dismissed wrongly.
+// Distances, exact in float64, are in shared memory and touched by the few that remain.
+#pragma once
+
+#include "paths.cuh"
+
+namespace croc::gpu {
+
+__device__ inline float rounded_down(float, double x) { return __double2float_rd(x); }
+__device__ inline double rounded_down(double, double x) { return x; }
+__device__ inline float rounded_up(float, double x) { return __double2float_ru(x); }
+__device__ inline double rounded_up(double, double x) { return x; }
+__device__ inline float sum_down(float sign, float x, float y) { return __fmaf_rd(sign, x, y); }
+__device__ inline double sum_down(double sign, double x, double y) { return __fma_rd(sign, x, y); }
+
+// A thread's nodes, kGroups fours of them, of each a limit and a key. A node comes nearer only where
+// base + cost, rounded down, is not above its limit. The key is a lower bound of its distance while it
+// waits to be read, else +inf.
+template <class T, int kGroups>
+struct Nodes {
+  static constexpr int kAtOnce = kGroups <= 2 ? 4 : 1;  // nodes read per step: registers
+  T limits[kGroups][4];
+  float keys[kGroups][4];
+
+  __device__ Nodes(const State&, int) {}
+  __device__ static constexpr int groups() { return kGroups; }
+  __device__ T limit(int g, int k) const { return limits[g][k]; }
+  __device__ float key(int g, int k) const { return keys[g][k]; }
+  __device__ void set_limit(int g, int k, double x) { set(limits, g, k, rounded_up(T(), x)); }
+  __device__ void set_key(int g, int k, float x) { set(keys, g, k, x); }
+
+ private:
+  // Registers have no index: every entry is written, all but one with itself.
+  template <class Value>
+  __device__ static void set(Value (&values)[kGroups][4], int g, int k, Value x) {
+#pragma unroll
+    for (int i = 0; i < 4 * kGroups; ++i)
+      values[i / 4][i % 4] = i == 4 * g + k ? x : values[i / 4][i % 4];
+  }
+};
+
+// Any number of them, in the workspace.
+template <class T>
+struct Nodes<T, 0> {
+  static constexpr int kAtOnce = 1;
+  T* limits;
+  float* keys;
+  int its_groups;
+
+  __device__ Nodes(const State& s, int count)
+      : limits(static_cast<T*>(s.limit)),
+        keys(s.key),
+        its_groups((count + 4 * blockDim.x - 1) / (4 * blockDim.x)) {}
+  __device__ int groups() const { return its_groups; }
+  __device__ static int place(int g, int k) { return 4 * (g * blockDim.x + threadIdx.x) + k; }
+  __device__ T limit(int g, int k) const { return limits[place(g, k)]; }
+  __device__ float key(int g, int k) const { return keys[place(g, k)]; }
+  __device__ void set_limit(int g, int k, double x) { limits[place(g, k)] = rounded_up(T(), x); }
+  __device__ void set_key(int g, int k, float x) { keys[place(g, k)] = x; }
+};
+
+// Blocks have a power of two of threads.
+__device__ inline int log2_of(unsigned power) { return 31 - __clz(static_cast<int>(power)); }
+
+// From a row to the columns; a matched column leads to its row. A path may end at an unmatched one.
+template <class T, bool kVectors>
+struct RowGraph {
+  const Costs<T>& costs;
+  const State& s;
+
+  __device__ int count() const { return costs.m; }
+  __device__ static int node(int g, int k) {
+    return 4 * static_cast<int>(g * blockDim.x + threadIdx.x) + k;
+  }
+  // The group and place of a node if it is this thread's.
+  __device__ static bool owns(int node, int& g, int& k) {
+    const unsigned ahead = static_cast<unsigned>(node) - 4 * threadIdx.x, round = 4 * blockDim.x;
+    g = static_cast<int>(ahead >> log2_of(round)), k = node % 4;
+    return (ahead & (round - 1)) < 4;
+  }
+  __device__ int next(int node) const { return s.row_of[node]; }
+  __device__ double dual_of(int row) const { return s.u[row]; }
+  __device__ double dual(int node) const { return s.v[node]; }
+  __device__ double relief(int node) const { return s.row_of[node] < 0 ? 0.0 : infinity(); }
+  __device__ double cost(int row, int node) const { return costs.at(row, node); }
+  __device__ void read(int row, int g, T (&x)[4]) const {
+    const T* p = costs.base + row * costs.row_stride;
+    const int first = node(g, 0);
+    if (!kVectors)
+      costs.load_each(p, first, x);
+    else if (first < costs.m)
+      Costs<T>::load_vector(p + first, x);
+  }
+
+  // Whether to read the node later would reach nothing new: it leads nowhere, or to a row with the
+  // same costs as the one just read and no nearer.
+  __device__ bool leads_nowhere(int node, double distance, int row, double base) const {
+    const int owner = s.row_of[node];
+    return owner < 0 || (s.twin[owner] == s.twin[row] && distance - s.u[owner] >= base);
+  }
+};
+
+// From a column to the rows, each of which leads to its column, whose dual may end the rise.
+template <class T>
+struct ColumnGraph {
+  const Costs<T>& costs;
+  const State& s;
+
+  __device__ int count() const { return costs.n; }
+  __device__ static int node(int g, int k) {
+    return (4 * g + k) * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x);
+  }
+  __device__ static bool owns(int node, int& g, int& k) {
+    const unsigned ahead = static_cast<unsigned>(node) - threadIdx.x;
+    const unsigned slot = ahead >> log2_of(blockDim.x);
+    g = static_cast<int>(slot / 4), k = static_cast<int>(slot % 4);
+    return (ahead & (blockDim.x - 1)) == 0;
+  }
+  __device__ int next(int node) const { return s.column_of[node]; }
+  __device__ double dual_of(int column) const { return s.v[column]; }
+  __device__ double dual(int node) const { return s.u[node]; }
+  __device__ double relief(int node) const { return -s.v[s.column_of[node]]; }
+  __device__ double cost(int column, int node) const { return costs.at(node, column); }
+  __device__ void read(int column, int g, T (&x)[4]) const {
+    const T* p = costs.base + column * costs.column_stride;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (node(g, k) < costs.n) x[k] = __ldg(p + node(g, k) * costs.row_stride);
+  }
+  __device__ bool leads_nowhere(int, double, int, double) const { return false; }
+};
+
+struct Found {
+  int node;      // where the nearest path ends, -1: nowhere nearer than the bound given
+  double bound;  // its length, or the bound given
+  int reads, steps;
+};
+
+// A node that waits to be read.
+struct Waiting {
+  double distance;
+  unsigned key;  // bits of a float, which are in the order of such floats
+  int node;
+};
+
+// Nodes to be read in one step.
+template <int kAtOnce>
+struct Front {
+  int count;
+  int from[kAtOnce];
+  double distance[kAtOnce];
+};
+
+// The nodes of four whose costs are x that a path through the node just read may bring nearer.
+template <class T, class Nodes>
+__device__ unsigned promising(const Nodes& nodes, int g, T sign, T base, const T (&x)[4]) {
+  unsigned found = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    if (sum_down(sign, x[k], base) <= nodes.limit(g, k)) found |= 1u << k;
+  return found;
+}
+
+// A path through `from`, which is at distance `start`, to this thread's node (g, k), if it is shorter
+// than `bound`; returns the end it leads to. It is never shorter than its first part, whatever is
+// rounded, so the predecessors never form a circle.
+template <class Nodes, class Graph>
+__device__ double reach(const Graph& graph, Nodes& nodes, int g, int k, int from, double start,
+                        double bound) {
+  const State& s = graph.s;
+  const int node = graph.node(g, k);
+  const double base = start - graph.dual_of(from), dual = graph.dual(node);
+  const double cost = graph.cost(from, node), before = s.reach[node];
+  double distance = base + (cost - dual);
+  if (distance < start) distance = start;
+  if (!(distance < bound) || distance > before) return infinity();
+  const bool useless = graph.leads_nowhere(node, distance, from, base);
+  double end = infinity();
+  if (distance < before) {
+    s.reach[node] = distance;
+    s.path[node] = from;
+    nodes.set_limit(g, k, distance + dual);
+    nodes.set_key(g, k, rounded_down(float(), distance));
+    end = distance + graph.relief(node);
+  }
+  if (useless) nodes.set_key(g, k, static_cast<float>(infinity()));
+  return end;
+}
+
+// This thread's node with the least key.
+template <class Nodes, class Graph>
+__device__ Waiting nearest_node(const Graph& graph, const Nodes& nodes) {
+  float least = nodes.key(0, 0);
+  int node = graph.node(0, 0);
+#pragma unroll
+  for (int g = 0; g < nodes.groups(); ++g) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (nodes.key(g, k) < least) least = nodes.key(g, k), node = graph.node(g, k);
+  }
+  return {0.0, __float_as_uint(least), node};
+}
+
+// The least keys of the warps, up to kAtOnce of them, which is nearly the order of the distances. Every
+// warp does the same. False: none is waiting below the bound.
+template <class Nodes, class Graph, int kAtOnce>
+__device__ bool choose_front(const Graph& graph, Nodes& nodes, const Waiting* of_warps,
+                             double bound, Front<kAtOnce>& front) {
+  unsigned key = lane_id() < warp_count() ? of_warps[lane_id()].key : ~0u;
+  if (!(static_cast<double>(__uint_as_float(key)) < bound)) key = ~0u;  // NaN too
+  front.count = 0;
+#pragma unroll
+  for (int w = 0; w < kAtOnce; ++w) {
+    const unsigned least = __reduce_min_sync(kAllLanes, key);
+    if (least == ~0u) break;
+    const int lane = __ffs(static_cast<int>(__ballot_sync(kAllLanes, key == least))) - 1;
+    if (lane_id() == lane) key = ~0u;
+    const Waiting waiting = of_warps[lane];
+    int its_g, its_k;
+    if (Graph::owns(waiting.node, its_g, its_k))
+      nodes.set_key(its_g, its_k, static_cast<float>(infinity()));
+    front.from[w] = graph.next(waiting.node);
+    front.distance[w] = waiting.distance;
+    front.count = w + 1;
+  }
+  return front.count > 0;
+}
+
+// Reads the nodes of the front; returns the nearest end that this thread knows.
+template <class T, int kGroups, class Graph, int kAtOnce>
+__device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
+                             const Front<kAtOnce>& front, double lowest) {
+  const T sign = graph.costs.sign;
+  const auto base_of = [&](int w) {
+    return rounded_down(T(), front.distance[w] - graph.dual_of(front.from[w]));
+  };
+  if constexpr (kGroups == 0) {
+    const T base = base_of(0);
+    for (int g = 0; g < nodes.groups(); ++g) {
+      T x[4] = {0, 0, 0, 0};
+      graph.read(front.from[0], g, x);
+      for (unsigned rest = promising(nodes, g, sign, base, x); rest != 0; rest &= rest - 1)
+        lowest = lesser(lowest, reach(graph, nodes, g, __ffs(static_cast<int>(rest)) - 1,
+                                      front.from[0], front.distance[0], lowest));
+    }
+    return lowest;
+  } else {
+    T x[kAtOnce][kGroups][4] = {};
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) {
+      if (w >= front.count) break;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) graph.read(front.from[w], g, x[w][g]);
+    }
+    unsigned rest = 0;  // a bit per place of x: few, or all of them
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) {
+      if (w >= front.count) break;
+      const T base = base_of(w);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+        rest |= promising(nodes, g, sign, base, x[w][g]) << (4 * (w * kGroups + g));
+    }
+    for (; rest != 0; rest &= rest - 1) {
+      const int place = __ffs(static_cast<int>(rest)) - 1, w = place / (4 * kGroups);
+      int from = front.from[0];
+      double start = front.distance[0];
+#pragma unroll
+      for (int other = 1; other < kAtOnce; ++other)
+        if (w == other) from = front.from[other], start = front.distance[other];
+      lowest = lesser(lowest, reach(graph, nodes, place / 4 % kGroups, place % 4, from, start,
+                                    lowest));
+    }
+    return lowest;
+  }
+}
+
+// Shortest paths from `source` until no path can end below the bound; their lengths are in s.reach,
+// the node before each in s.path. One barrier per step.
+template <class T, int kGroups, class Graph>
+__device__ Found search(const Graph& graph, int source, double bound) {
+  __shared__ Waiting nearest[2][kWarp];
+  __shared__ uint64_t bounds[2][kWarp];
+  const State& s = graph.s;
+  Nodes<T, kGroups> nodes(s, graph.count());
+#pragma unroll
+  for (int g = 0; g < nodes.groups(); ++g) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int node = graph.node(g, k);
+      const bool exists = node < graph.count();
+      if (exists) s.reach[node] = infinity();
+      nodes.set_limit(g, k, exists ? infinity() : -infinity());
+      nodes.set_key(g, k, static_cast<float>(infinity()));
+    }
+  }
+  Found found{-1, infinity(), 0, 0};
+  double lowest = bound;  // the nearest end known to this thread
+  Front<Nodes<T, kGroups>::kAtOnce> front;
+  front.count = 1, front.from[0] = source, front.distance[0] = 0.0;
+  do {
+    if (lowest < found.bound) {  // in every thread, or in none: it is the block's
+      found.bound = lowest;
+#pragma unroll
+      for (int g = 0; g < nodes.groups(); ++g) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          if (graph.node(g, k) < graph.count())
+            nodes.set_limit(g, k, lesser(static_cast<double>(nodes.limit(g, k)),
+                                         lowest + graph.dual(graph.node(g, k))));
+      }
+    }
+    lowest = read_front(graph, nodes, front, lowest);
+    const int turn = found.steps & 1;
+    const Waiting mine = nearest_node(graph, nodes);
+    const unsigned least = __reduce_min_sync(kAllLanes, mine.key);
+    const unsigned votes = __ballot_sync(kAllLanes, mine.key == least);
+    if (lane_id() == __ffs(static_cast<int>(votes)) - 1) {
+      const double distance = mine.node < graph.count() ? s.reach[mine.node] : infinity();
+      nearest[turn][warp_id()] = {distance, mine.key, mine.node};
+    }
+    uint64_t of_warp = ordered(found.bound);
+    if (__any_sync(kAllLanes, lowest < found.bound)) of_warp = warp_min(ordered(lowest));
+    if (lane_id() == 0) bounds[turn][warp_id()] = of_warp;
+    found.reads += front.count;
+    ++found.steps;
+    __syncthreads();
+    lowest = from_ordered(
+        warp_min(lane_id() < warp_count() ? bounds[turn][lane_id()] : ~uint64_t{0}));
+  } while (choose_front(graph, nodes, nearest[(found.steps - 1) & 1], lowest, front));
+  found.bound = lowest;
+  Least end = Least::none();
+  for (int g = nodes.groups() - 1; g >= 0 && found.bound < bound; --g) {
+#pragma unroll
+    for (int k = 3; k >= 0; --k) {
+      const int node = graph.node(g, k);
+      if (node < graph.count() && s.reach[node] + graph.relief(node) == found.bound)
+        end = {0, static_cast<unsigned>(node)};
+    }
+  }
+  found.node = static_cast<int>(block_least(end, 0).key);
+  return found;
+}
+
+template <class T, int kGroups, bool kVectors>
+__device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, int source) {
+  const Found found =
+      search<T, kGroups>(RowGraph<T, kVectors>{costs, s}, source, infinity());
+  return {found.node, found.bound, found.reads, found.steps};
+}
+
+// Moves the duals along the tree, then the matching along the path.
+template <class T>
+__device__ void augment(const Costs<T>& costs, const State& s, int source, PathEnd end) {
+  for (int j = threadIdx.x; j < costs.m; j += blockDim.x) {
+    const double shift = end.distance - s.reach[j];
+    if (!(shift > 0.0) || s.row_of[j] < 0) continue;
+    s.v[j] -= shift;
+    s.u[s.row_of[j]] += shift;
+  }
+  __syncthreads();
+  flip_path(s, source, end);
+}
+
+// From a column that is unmatched with a negative dual, until no column closer to zero can be found.
+template <class T, int kGroups>
+__device__ Release shortest_release(const Costs<T>& costs, const State& s, int source) {
+  const Found found = search<T, kGroups>(ColumnGraph<T>{costs, s}, source, -s.v[source]);
+  const int column = found.node < 0 ? source : s.column_of[found.node];
+  return {column, found.bound, found.reads, found.steps};
+}
+
+template <class T>
+__device__ void release(const Costs<T>& costs, const State& s, int source, Release end) {
+  for (int i = threadIdx.x; i < costs.n; i += blockDim.x) {
+    const double shift = end.rise - s.reach[i];
+    if (!(shift > 0.0)) continue;
+    s.u[i] -= shift;
+    s.v[s.column_of[i]] += shift;
+  }
+  __syncthreads();
+  flip_release(s, source, end);
+}
+
+}  // namespace croc::gpu
