@@ -163,6 +163,20 @@ def test_emulated_shapes(shape: tuple[int, int], shared_limit: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("shape", "shared_limit"),
+    [((60, 3001), emulator.H100_SHARED), ((60, 3000), 0), ((20, 8300), emulator.H100_SHARED)],
+    ids=["registers", "registers-workspace", "all-in-workspace"],
+)
+def test_emulated_many_columns(shape: tuple[int, int], shared_limit: int) -> None:
+    """Every way of keeping a search's nodes; offsets make the paths and the reverse pass work."""
+    cost = make("column_offsets", *shape, 5)[None]
+    solution = solve_and_check(cost, seeds=(0, 3), shared_limit=shared_limit)
+    assert solution.counters[0]["row_scans"] > 0
+    solve_and_check(cost.astype(np.float64) * (1 + 2.0**-40), seeds=(1,), shared_limit=shared_limit)
+
+
+@needs_compiler
 def test_emulated_small_random() -> None:
     rng = np.random.default_rng(11)
     for _ in range(25):
