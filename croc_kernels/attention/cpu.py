@@ -21,7 +21,7 @@ def _rows_per_block(length: int, group: int) -> int:
     ``group * rows`` float32 terms per block, whose error grows with their number.
     """
     total = 32 if length < 192 else 64 if length < 768 else 128
-    return max(32, total // group)
+    return max(8, total // group)
 
 
 def _blocks(start: Tensor, end: Tensor, group: int) -> list[tuple[int, int, int, int]]:
