@@ -2,8 +2,8 @@
 
 FSDP2 gathers and reduces the parameters of a unit in the unit's own forward and backward. Where the
 vision tower is cut into such units, a rank without an image would leave the others waiting for
-ever: it runs the tower on one small image of zeros at the same point of its forward, and gives its
-features zero gradients. ZeRO-3 gathers per module, so there it is always like that.
+ever: it does at the same points of its forward what it would do to an image, on one of zeros, and
+gives the result zero gradients. ZeRO-3 gathers per module, so there it is always like that.
 """
 
 import inspect
@@ -70,11 +70,8 @@ def _module_of_tiles(inner: nn.Module) -> str:
     raise RuntimeError(f"attach: {type(inner).__name__} must have image_size_to_num_patches")
 
 
-def tensors_of(output: Any) -> list[Tensor]:
-    """All features in what ``get_image_features`` returned."""
-    if isinstance(output, Tensor):
-        return [output]
-    if hasattr(output, "pooler_output"):
-        deepstack = getattr(output, "deepstack_features", None) or []
-        return [*tensors_of(output.pooler_output), *tensors_of(deepstack)]
-    return [tensor for part in output for tensor in tensors_of(part)]
+def tensors_of(features: Any) -> list[Tensor]:
+    """All tensors in lists of lists of them."""
+    if isinstance(features, Tensor):
+        return [features]
+    return [tensor for part in features for tensor in tensors_of(part)]

@@ -37,6 +37,7 @@ class _Step:
     newlines: families.Newlines | None = None
     row_lengths: tuple[int, ...] = ()
     reconstruction: Tensor | None = None
+    stand_in: Replacement | None = None
 
 
 class Attachment:
@@ -227,15 +228,20 @@ class Attachment:
         return (args, kwargs | changed) if changed else None
 
     def _keep_step(self, embeds: Tensor) -> dict[str, Any]:
-        """Without images: have the image path join the collectives of the ranks that have some."""
+        """Without images: do the same to an image of zeros, where other ranks would wait else."""
         if not dummy.is_needed(self.inner, self.language_model):
             return {}
         step, self.step = self.step, None
         try:
             inputs = dummy.inputs_of(self.family, self.inner, embeds)
-            features = dummy.tensors_of(self.inner.get_image_features(**inputs))
+            output = self.inner.get_image_features(**inputs)
         finally:
             self.step = step
+        lengths = families.joined_lengths(self.inner, (), inputs) if self.family.joined else ()
+        _, images, deepstack = families.read_features(self.family, output, lengths)
+        rows = torch.cat(images)
+        step.stand_in = self.layer.replace(rows, (len(rows),), active=self.model.training)
+        features = [step.stand_in.embeddings, *dummy.tensors_of(deepstack)]
         return {"inputs_embeds": touch.with_zero_gradients(embeds, features)}
 
     def _recipe_mask(self, module: nn.Module, incoming: Any) -> Any:
@@ -293,11 +299,14 @@ class Attachment:
     def after_language_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Reconstruct the images from the last hidden states."""
         step = self.step
-        if step is None or step.replacement is None or step.inputs["labels"] is None:
-            return
-        if not self.model.training:
+        if step is None or step.inputs["labels"] is None or not self.model.training:
             return
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+        if step.stand_in is not None:
+            nothing = self.layer.loss(torch.zeros_like(step.stand_in.target), step.stand_in)
+            step.reconstruction = touch.with_zero_gradients(torch.zeros_like(nothing), [nothing])
+        if step.replacement is None:
+            return
         places = self._places()
         if step.newlines is not None:
             keep = families.visual_positions(~step.newlines.is_newline, sum(step.newlines.lengths))

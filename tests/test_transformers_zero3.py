@@ -1,0 +1,92 @@
+"""An attached model under DeepSpeed's ZeRO-3 on two processes, one of which gets no image."""
+
+import copy
+import importlib.util
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers_zoo as zoo
+from test_transformers_fsdp2 import RANKS, batch_of_rank
+from transformers_stage import RECIPES, attached, cases
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["transformers_stage"])
+STEPS, RATE = 3, 0.05
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="needs deepspeed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
+)
+
+
+def initialize(model: torch.nn.Module) -> Any:
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False, "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    return deepspeed.initialize(model=model, config=config, optimizer=optimizer)[0]
+
+
+def run_rank(rank: int, name: str, recipe: str, store: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
+        "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
+    }  # fmt: skip
+    import deepspeed
+
+    torch.set_num_threads(1)
+    case = zoo.CASES[name]
+    # With every token masked there is nothing left to draw: ranks may be compared.
+    model = attached(case, recipe, mask_ratio=1.0)
+    inputs = zoo.batch(case, case.model())
+    batches = [batch_of_rank(inputs, other) for other in range(RANKS)]
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(plain.parameters(), RATE)
+    expected = []
+    for _ in range(STEPS):
+        losses = [plain(**batch).loss for batch in batches]
+        optimizer.zero_grad()
+        (sum(losses) / RANKS).backward()
+        optimizer.step()
+        expected.append(losses[rank].item())
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS
+    )
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    engine = initialize(model)
+    assert model.croc.pool.numel() == 0
+    for step in range(STEPS):
+        loss = engine(**batches[rank]).loss
+        assert abs(loss.item() - expected[step]) <= 1e-5 * abs(expected[step]), (step, loss)
+        engine.backward(loss)
+        engine.step()
+    torch.distributed.destroy_process_group()
+
+
+def run_two_ranks(*arguments: Any) -> None:
+    ranks = [CONTEXT.Process(target=run_rank, args=(rank, *arguments)) for rank in range(RANKS)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(150)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0] * RANKS
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_under_zero3(recipe: str, tmp_path: Path) -> None:
+    run_two_ranks("llava", recipe, tmp_path / "store")
+
+
+@pytest.mark.parametrize("case", cases("gemma3"))
+def test_families_under_zero3(case: zoo.Case, tmp_path: Path) -> None:
+    if case.missing:
+        pytest.skip(case.missing)
+    run_two_ranks(case.name, "croc", tmp_path / "store")
