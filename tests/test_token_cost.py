@@ -8,7 +8,7 @@ from torch import Tensor
 
 from croc_kernels import ops, token_cost
 from croc_kernels.cost import reference
-from croc_kernels.cost.config import HOPPER, candidates, pick_config, pick_hopper
+from croc_kernels.cost.config import HOPPER, candidates, one_matrix, pick_config, pick_hopper
 from croc_kernels.testing import assert_within_budget, clustered_tokens
 
 METRICS = ("l2", "l2sq", "cosine")
@@ -329,8 +329,32 @@ def test_token_cost_config_takes_the_hopper_kernel_only_where_it_can() -> None:
             assert pick_hopper(90, dtype, **fits | change) is None
     assert pick_hopper(90, torch.float32, **fits) is None
     assert all(pick_hopper(arch, torch.bfloat16, **fits) is None for arch in (80, 89, 100, 120))
-    stage = (HOPPER.block_m + HOPPER.block_n) * HOPPER.block_k * 2
-    assert stage * HOPPER.stages <= 227 << 10
+    slots = HOPPER.token_slots * HOPPER.block_m + HOPPER.pool_slots * HOPPER.block_n // 2
+    assert slots * HOPPER.block_k * 2 <= 227 << 10
+    # A step's halves of the pool's rows share one phase of the barriers.
+    assert HOPPER.pool_slots % 2 == 0
+    constants = HOPPER.constants()
+    registers = 2 * constants["MULTIPLY_REGISTERS"] + 2 * constants["OTHER_REGISTERS"]
+    assert registers * 128 <= 1 << 16
     # Exact in float32: the factor is that many units in the last place above 1.
-    correction = HOPPER.constants()["CORRECTION"]
+    correction = constants["CORRECTION"]
     assert correction == torch.tensor(correction, dtype=torch.float32).item() > 1
+
+
+def test_token_cost_config_shares_the_pool_among_the_programs() -> None:
+    # 8 to 32 rows, a power of two; once around where that is enough.
+    for pool_size, programs in ((2048, 132), (2048, 112), (301, 9), (1, 132), (10**6, 132)):
+        share = HOPPER.share(pool_size, programs)
+        assert share in (8, 16, 32)
+        assert share * programs >= pool_size or share == 32
+    assert HOPPER.share(2048, 132) == 16
+
+
+def test_token_cost_config_reads_boxes_only_of_one_matrix() -> None:
+    assert one_matrix((3, 200, 384), (200 * 384, 384))
+    assert one_matrix((3, 200, 384), (200 * 400, 400))
+    assert one_matrix((1, 200, 384), (7, 384))
+    # Images apart, an image repeated, rows that overlap.
+    assert not one_matrix((3, 200, 384), (250 * 384, 384))
+    assert not one_matrix((3, 200, 384), (0, 384))
+    assert not one_matrix((3, 200, 384), (200 * 8, 8))

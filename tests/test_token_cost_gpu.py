@@ -99,11 +99,45 @@ def test_token_cost_on_a_gpu_by_the_hopper_kernel(
     best = squares(exact, metric).nan_to_num(nan=torch.inf).min(-1).values
     assert ((chosen - best)[index >= 0] <= limit).all()
     assert len(picked) == 2
-    # Dense rows, images apart.
-    dense = tokens.as_strided((3, 200, 384), (384 * 250, 384, 1), 384 * 8)
-    apart, together = token_cost(dense, pool, metric), token_cost(dense.contiguous(), pool, metric)
-    assert torch.equal(apart.nan_to_num(nan=-1.0), together.nan_to_num(nan=-1.0))
-    assert len(picked) == 4
+    # Images apart and together: read by copies and by TMA, as are rows that all count or not.
+    apart = tokens.as_strided((3, 200, 384), (384 * 250, 384, 1), 384 * 8)
+    together, counts = apart.contiguous(), torch.tensor([200, 64, 0], device="cuda")
+    cost, index = token_cost(together, pool, metric), nearest_token(together, pool, metric)
+    assert torch.equal(token_cost(apart, pool, metric).nan_to_num(), cost.nan_to_num())
+    assert torch.equal(nearest_token(apart, pool, metric), index)
+    exact = reference.token_cost(together.double(), pool.double(), None, None, metric)
+    assert torch.equal(cost.isnan(), exact.isnan())
+    difference = squares(cost.double(), metric) - squares(exact, metric)
+    assert difference.abs().nan_to_num().max() <= limit
+    some = token_cost(together, pool, metric, num_rows=counts)
+    live = torch.arange(200, device="cuda") < counts[:, None]
+    assert torch.equal(some[live].nan_to_num(), cost[live].nan_to_num())
+    assert (some[~live] == 0).all()
+    some = nearest_token(together, pool, metric, num_rows=counts)
+    assert torch.equal(some, torch.where(live, index, -1))
+    assert len(picked) == 8
+
+
+def test_nearest_token_on_a_gpu_beside_itself() -> None:
+    # Calls of several streams at a time, graphs among them: each has norms and tickets of its own.
+    pools = [torch.randn(M, 1024, device="cuda").bfloat16() for _ in range(3)]
+    tokens = [torch.randn(32, 432, 1024, device="cuda").bfloat16() for _ in range(3)]
+    expected = [nearest_token(x, p) for x, p in zip(tokens, pools, strict=True)]
+    streams = [torch.cuda.Stream(priority=-(i % 2)) for i in range(3)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=streams[2]):
+        captured = nearest_token(tokens[2], pools[2])
+    for _ in range(20):
+        found = []
+        for i in range(2):
+            with torch.cuda.stream(streams[i]):
+                found.append(nearest_token(tokens[i], pools[i]))
+        with torch.cuda.stream(streams[2]):
+            graph.replay()
+        torch.cuda.synchronize()
+        for got, want in zip([*found, captured], expected, strict=True):
+            assert torch.equal(got, want)
 
 
 def test_token_cost_on_a_gpu_of_equal_rows_by_either_kernel(

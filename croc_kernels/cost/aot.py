@@ -4,13 +4,13 @@ import torch
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 from ..aot import CompileCase
-from . import kernel
+from . import kernel, prepass
 from .config import CostConfig, HopperCostConfig, pick_config, pick_hopper
 
 ROWS, POOL, DIM = 32 * 432, 2048, 4096
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _ALIGNED = [["tt.divisibility", 16]]
-# Bytes: none with triton 3.6.0 and 3.7.1, at most 96 with 3.8.0 and 72 with 3.9.0.
+# Bytes, all between tiles: none for dense costs, else at most 68 with triton 3.6.0 and 3.7.1.
 HOPPER_SPILLS = 96
 
 
@@ -54,14 +54,14 @@ def product_case(
 
 
 def _prepass_case(dtype: str, metric: str, gathered: bool, token_norms: bool) -> CompileCase:
-    fn = kernel._row_prepass_kernel
+    fn = prepass._row_prepass_kernel
     types = dict.fromkeys(("tokens_ptr", "pool_ptr"), f"*{dtype}") | {"offset_ptr": "*i64"}
     types |= {"index_ptr": "*i64", "num_rows_ptr": "*i32"} if gathered else {}
     types |= {"x_norm_ptr": "*fp32"} if token_norms else {}
     types |= {"p_norm_ptr": "*fp32", "sizes": ("i32",) * 5, "strides": ("i32",) * 3}
     signature = _signature(fn, types)
-    constants = kernel.PREPASS | {"NORM": kernel._NORMS[metric]}
-    constants["TOKEN_R"] = kernel.PREPASS["BLOCK_R"] if token_norms else kernel.OFFSET_ROWS
+    constants = prepass.PREPASS | {"NORM": prepass.NORMS[metric]}
+    constants["TOKEN_R"] = prepass.PREPASS["BLOCK_R"] if token_norms else prepass.OFFSET_ROWS
     constants |= {n: None for n in fn.arg_names if n.endswith("_ptr") and n not in types}
     attrs = _attrs(fn, signature, ("sizes", "strides"))
     name = f"row_prepass-{dtype}-{metric}" + "-gathered" * gathered + "-norms" * token_norms
@@ -69,28 +69,50 @@ def _prepass_case(dtype: str, metric: str, gathered: bool, token_norms: bool) ->
 
 
 def hopper_case(
-    dtype: str, metric: str, nearest: bool, *, picked: HopperCostConfig | None = None
+    dtype: str, metric: str, nearest: bool, dense: bool, *, picked: HopperCostConfig | None = None
 ) -> CompileCase:
-    """The warp-specialised kernel as launched; ``picked`` tries another shape."""
+    """The kernel for sm_90 as launched, with gathered and counted rows if not ``dense``."""
     from . import hopper
 
     picked = picked or pick_hopper(90, DTYPES[dtype], ROWS, POOL, DIM, aligned=True)
-    fn = hopper._token_cost_hopper_kernel
-    box = [picked.block_n, picked.block_k]
-    pointers = [f"*{dtype}", "*i64", "*fp32", "*fp32", "*fp32", "*i32"]
-    missing = 2 if nearest else 5
-    pointers[missing] = "constexpr"
-    constants = picked.constants() | {"METRIC": metric, "NEAREST": nearest}
+    pointers = [f"*{dtype}", "*i64", "*i32", f"*{dtype}", "*fp32", "*fp32", "*i32"]
+    pointers[5] = "*i64" if nearest else "*fp32"
+    missing = [1, 2] * dense + [6] * (not nearest)
+    pointers = ["constexpr" if i in missing else pointers[i] for i in range(7)]
+    constants = picked.constants() | {"METRIC": metric, "NEAREST": nearest, "EVEN": dense}
+    constants |= {"DENSE": dense, "SHARE": picked.share(POOL, 132)}
+    rows = [f"tensordesc<{dtype}{[n, picked.block_k]},{NVMMASharedLayout(128, 16, rank=2)!r}>"
+            for n in (picked.block_n // 2, picked.block_m)]  # fmt: skip
     signature = {
-        "pool_desc": f"tensordesc<{dtype}{box},{NVMMASharedLayout(128, 16, rank=2)!r}>",
-        "pointers": tuple(pointers), "sizes": ("i32",) * 3,
+        "pool_desc": rows[0], "token_desc": rows[1] if dense else "constexpr",
+        "pointers": tuple(pointers), "sizes": ("i32",) * 8,
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
-    attrs = {(1, i): _ALIGNED for i in range(6) if i != missing}
-    attrs |= {(2, i): _ALIGNED for i in range(3)}
-    name = f"token_cost_hopper-{dtype}-{metric}" + "-nearest" * nearest
+    attrs = {(2, i): _ALIGNED for i in range(7) if i not in missing}
+    attrs |= {(3, i): _ALIGNED for i in (0, 2, 3, 4, 6, 7)}
+    constants |= {(2, i): None for i in missing} | ({} if dense else {"token_desc": None})
+    name = f"token_cost_hopper-{dtype}-{metric}" + "-nearest" * nearest + "-dense" * dense
     return CompileCase(
-        name, fn, signature, constants | {(1, missing): None}, attrs, 4, 1, True, HOPPER_SPILLS
+        name, hopper._token_cost_hopper_kernel, signature, constants, attrs, 4, 1, True,
+        HOPPER_SPILLS,
     )  # fmt: skip
+
+
+def _start_cases() -> list[CompileCase]:
+    """What runs before the kernel for sm_90."""
+    fn = prepass._pool_norm_kernel
+    signature = _signature(fn, {"pool_ptr": "*bf16", "p_norm_ptr": "*fp32"})
+    signature |= dict.fromkeys(("dim", "stride_pm"), "i32")
+    constants = {"BLOCK_K": prepass.POOL_NORM["BLOCK_K"], "NORM": "square"}
+    warps = prepass.POOL_NORM["num_warps"]
+    norms = CompileCase(
+        "pool_norm-bf16", fn, signature, constants, _attrs(fn, signature), warps, 3, has_dot=False
+    )
+    fn = prepass._nearest_start_kernel
+    signature = _signature(fn, {"out_ptr": "*i64", "state_ptr": "*i32"})
+    signature |= dict.fromkeys(("rows", "states"), "i32")
+    attrs, constants = _attrs(fn, signature, ("states",)), {"BLOCK": prepass.CLEAR}
+    start = CompileCase("nearest_start", fn, signature, constants, attrs, 4, 3, has_dot=False)
+    return [norms, start]
 
 
 def _reduce_case() -> CompileCase:
@@ -114,6 +136,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases.append(_prepass_case("bf16", "cosine", gathered=False, token_norms=True))
     cases.append(_prepass_case("bf16", "l2", gathered=True, token_norms=False))
     if arch == 90:
-        cases += [hopper_case("bf16", "l2", nearest) for nearest in (False, True)]
-        cases += [hopper_case("fp16", "cosine", nearest) for nearest in (False, True)]
-    return [*cases, _reduce_case()]
+        for nearest in (False, True):
+            cases += [hopper_case("bf16", "l2", nearest, dense) for dense in (False, True)]
+            cases.append(hopper_case("fp16", "cosine", nearest, dense=False))
+    return [*cases, *_start_cases(), _reduce_case()]

@@ -29,12 +29,14 @@ class CostConfig:
 class HopperCostConfig:
     """Shape of the warp-specialised kernel for sm_90; see hopper.py.
 
-    ``block_k`` components are one stage of copies and summed inside the tensor core, after which
-    ``correction`` units of 2^-23 make up for its truncation.
+    ``block_k`` components are one copy and summed inside the tensor core, after which
+    ``correction`` units of 2^-23 make up for its truncation. Token rows of a tile have
+    ``token_slots`` in shared memory, halves of its pool rows ``pool_slots``.
     """
 
     block_k: int
-    stages: int
+    token_slots: int
+    pool_slots: int
     group_m: int
     correction: int
     block_m: int = 128
@@ -46,13 +48,18 @@ class HopperCostConfig:
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
-            "STAGES": self.stages,
+            "TOKEN_SLOTS": self.token_slots,
+            "POOL_SLOTS": self.pool_slots,
             "GROUP_M": self.group_m,
             "CORRECTION": 1.0 + self.correction * 2.0**-23,
-            # Three groups of 128 threads share 504 registers per thread.
-            "MULTIPLY_REGISTERS": 224,
-            "COPY_REGISTERS": 56,
+            # Four groups of 128 threads share 512 registers per thread.
+            "MULTIPLY_REGISTERS": 216,
+            "OTHER_REGISTERS": 40,
         }
+
+    def share(self, pool_size: int, programs: int) -> int:
+        """Pool rows of which one program sums the squares at a time: all at once if few."""
+        return min(32, max(8, 1 << (-(-pool_size // programs) - 1).bit_length()))
 
 
 # From offline compilation for each architecture (registers, spills, shared memory); on an H200 the
@@ -100,8 +107,8 @@ def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int, dim: i
     return _HOPPER_16 if 3 * large <= 4 * small else _HOPPER_16_SMALL
 
 
-# H200, docs/matching.md: two stages of 128 beat four of 64 by 18 % for 32 images.
-HOPPER = HopperCostConfig(128, 2, 8, 2)
+# H100, docs/matching.md: three slots for tokens beat two by 1 %, steps of 128 beat 64 by 17 %.
+HOPPER = HopperCostConfig(128, 3, 4, 8, 2)
 
 
 def pick_hopper(
@@ -116,6 +123,12 @@ def pick_hopper(
     if arch != 90 or dtype == torch.float32 or not (aligned and whole):
         return None
     return HOPPER if pick_config(arch, dtype, rows, pool_size, dim) == _HOPPER_16 else None
+
+
+def one_matrix(shape: tuple[int, int, int], strides: tuple[int, int]) -> bool:
+    """Whether (B, N, C) tokens are rows at one stride that don't overlap, as TMA reads them."""
+    images, length, dim = shape
+    return strides[1] >= dim and (images == 1 or strides[0] == length * strides[1])
 
 
 def candidates(dtype: torch.dtype) -> tuple[CostConfig, ...]:

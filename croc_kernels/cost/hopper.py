@@ -1,9 +1,16 @@
-"""The product of the costs for sm_90: copying warps, and two multiplying warp groups.
+"""The product of the costs for sm_90: copying warps, two multiplying warp groups, one of norms.
 
 The plain kernel of kernel.py adds its partial sums while the tensor cores wait. Here each of two
 warp groups owns 64 rows of a tile and runs at its own pace, so that one adds while the other
-multiplies, and four more warps copy: pool rows by TMA, token rows by 16-byte copies, because they
-may lie anywhere. A program walks over tiles; the copies of a tile start during the one before.
+multiplies; further warps copy, by TMA, but for token rows that lie anywhere, which take 16-byte
+copies. Tokens and halves of the pool's rows have slots of their own, so that a half's slot is free
+as soon as both groups have multiplied it. A program walks over tiles; the copies of a tile start
+during the one before.
+
+The third group sums squares beside the products: for costs those of the tokens, from the copies
+that the products read; for the nearest row those of shares of the pool, during the first tile.
+Shares are claimed, so whoever waits for one waits for a program that runs: the programs need not be
+on the chip together.
 
 Sums stay inside the tensor core for BLOCK_K components. What their truncation loses is proportional
 to the sum on average, and CORRECTION gives that back: see kernel.py.
@@ -22,193 +29,305 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .config import HopperCostConfig
+from .hopper_rows import (
+    group_barrier,
+    pool_norm_of,
+    pool_norms,
+    row_state,
+    tile_depth,
+    tile_place,
+    token_norms,
+    wait_for_pool_norms,
+)
 
 _NO_INDEX = gl.constexpr(2**31 - 1)
+_NO_KEY = gl.constexpr(2**63 - 1)
 # Renamed between triton 3.6 and 3.9.
 _load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.jit
-def _tile_place(tile, rows, m, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """Row and column tile: GROUP_M row tiles share a column tile in the L2."""
-    tiles_m, tiles_n = gl.cdiv(rows, BLOCK_M), gl.cdiv(m, BLOCK_N)
-    first = tile // (GROUP_M * tiles_n) * GROUP_M
-    height = gl.minimum(tiles_m - first, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    return first + within % height, within // height
-
-
-@gluon.jit
 def _copy_tiles(
-    pointers, pool_desc, buffers, sizes,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    pointers, descriptors, buffers, sizes,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOKEN_SLOTS: gl.constexpr,
+    POOL_SLOTS: gl.constexpr, GROUP_M: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
-    """The copying warps."""
-    tokens_ptr, offset_ptr, _, _, _, _ = pointers
-    x_smem, p_smem, full, empty = buffers
-    rows, m, dim = sizes
+    """The copying warps: four, or one where TMA reads the tokens too."""
+    x_smem, p_smem, x_full, x_empty, p_full, p_empty, _norm_smem, _norm_full = buffers
+    half_n: gl.constexpr = BLOCK_N // 2
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
     step = 0
-    tiles = gl.cdiv(rows, BLOCK_M) * gl.cdiv(m, BLOCK_N)
+    tiles = gl.cdiv(sizes[0], BLOCK_M) * gl.cdiv(sizes[1], BLOCK_N)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        tile_m, tile_n = _tile_place(tile, rows, m, BLOCK_M, BLOCK_N, GROUP_M)
-        row = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
-        offset = gl.load(offset_ptr + row, mask=row < rows, other=-1)
-        depth = gl.where(gl.max(offset, axis=0) >= 0, dim, 0)
-        # A row that does not exist reads row 0 and its result is dropped.
-        start = gl.multiple_of(gl.maximum(offset, 0), 8)
-        x_ptrs = tokens_ptr + start[:, None] + offs_k[None, :]
+        tile_m, tile_n = tile_place(tile, sizes[0], sizes[1], BLOCK_M, BLOCK_N, GROUP_M)
+        depth = sizes[2]
+        if not DENSE:
+            depth = tile_depth(tile_m, pointers, sizes, BLOCK_M, BLOCK_K)
+            offs_k = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, layout))
+            row = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+            offset, _live, _valid = row_state(row, pointers, sizes)
+            # A row that does not exist reads row 0 and its result is dropped.
+            start = gl.multiple_of(offset, 8)
         for k in range(0, depth, BLOCK_K):
-            slot = step % STAGES
-            bar = full.index(slot)
-            mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(bar, BLOCK_N * BLOCK_K * 2)
-            _load_box(pool_desc, [tile_n * BLOCK_N, k], bar, p_smem.index(slot))
-            _load_rows(x_smem.index(slot), x_ptrs)
-            async_copy.mbarrier_arrive(bar, increment_count=False)
-            x_ptrs += BLOCK_K
+            slot = step % TOKEN_SLOTS
+            bar = x_full.index(slot)
+            mbarrier.wait(x_empty.index(slot), (step // TOKEN_SLOTS & 1) ^ 1)
+            if DENSE:
+                mbarrier.expect(bar, BLOCK_M * BLOCK_K * 2)
+                _load_box(descriptors[1], [tile_m * BLOCK_M, k], bar, x_smem.index(slot))
+            else:
+                places = start[:, None] + (k + offs_k)[None, :]
+                _load_rows(x_smem.index(slot), pointers[0] + places)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            for h in gl.static_range(2):
+                half = 2 * step + h
+                slot = half % POOL_SLOTS
+                bar = p_full.index(slot)
+                mbarrier.wait(p_empty.index(slot), (half // POOL_SLOTS & 1) ^ 1)
+                mbarrier.expect(bar, half_n * BLOCK_K * 2)
+                first_n = tile_n * BLOCK_N + h * half_n
+                _load_box(descriptors[0], [first_n, k], bar, p_smem.index(slot))
             step += 1
 
 
 @gluon.jit
-def _half_product(x, p, HALF: gl.constexpr, LAYOUT: gl.constexpr, COLS: gl.constexpr):
-    """Product of this group's 64 rows with COLS rows of the pool's stage, summed from zero."""
-    p = p.slice(HALF * COLS, COLS).permute((1, 0))
-    part = gl.zeros([64, COLS], gl.float32, layout=LAYOUT)
-    part = hopper.warpgroup_mma(x, p, part, use_acc=False, is_async=True)
-    return hopper.warpgroup_mma_wait(0, deps=[part])
+def _halves(acc, COLS: gl.constexpr):
+    """COLS columns and COLS more: little beside the products is in registers at a time."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+    low, high = acc.reshape([64, 2, COLS]).permute((0, 2, 1)).split()
+    low = gl.convert_layout(low, layout, assert_trivial=True)
+    return low, gl.convert_layout(high, layout, assert_trivial=True)
 
 
 @gluon.jit
-def _store_costs(pointers, sizes, acc, row, first_n, LAYOUT: gl.constexpr, METRIC: gl.constexpr):
-    """Turn products into costs and write them."""
-    _, offset_ptr, x_norm_ptr, p_norm_ptr, out_ptr, _ = pointers
-    rows, m, _ = sizes
-    live = gl.load(offset_ptr + row, mask=row < rows, other=-1) >= 0
-    x_norm = gl.load(x_norm_ptr + row, mask=live, other=0.0)
-    col = first_n + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    p_norm = gl.load(p_norm_ptr + col, mask=col < m, other=0.0)
-    if METRIC == "cosine":
-        cost = 1.0 - acc * x_norm[:, None] * p_norm[None, :]
+def _store_costs(
+    pointers, sizes, acc, row, x_norm, first_n,
+    COLS: gl.constexpr, METRIC: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
+    """Turn products of COLS columns into costs and write them."""
+    if COLS > 32:
+        low, high = _halves(acc, COLS // 2)
+        _store_costs(pointers, sizes, low, row, x_norm, first_n, COLS // 2, METRIC, EVEN)
+        first_n += COLS // 2
+        _store_costs(pointers, sizes, high, row, x_norm, first_n, COLS // 2, METRIC, EVEN)
     else:
-        cost = (x_norm[:, None] + p_norm[None, :]) - 2.0 * acc
-    # Not maximum(), which would turn the NaN of a bad input into a perfect match.
-    cost = gl.where(cost < 0.0, 0.0, cost)
-    if METRIC == "l2":
-        cost = gl.sqrt(cost)
-    cost = gl.where(live[:, None], cost, 0.0)
-    places = out_ptr + row.to(gl.int64)[:, None] * m + col[None, :]
-    gl.store(places, cost, mask=(row < rows)[:, None] & (col < m)[None, :])
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+        row = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+        x_norm = gl.convert_layout(x_norm, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+        rows, m = sizes[0], sizes[1]
+        col = first_n + gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
+        p_norm = pool_norm_of(pointers, col, m, EVEN)
+        if METRIC == "cosine":
+            cost = 1.0 - acc * x_norm[:, None] * p_norm[None, :]
+        else:
+            cost = (x_norm[:, None] + p_norm[None, :]) - 2.0 * acc
+        # Not maximum(), which would turn the NaN of a bad input into a perfect match.
+        cost = gl.where(cost < 0.0, 0.0, cost)
+        if METRIC == "l2":
+            cost = gl.sqrt(cost)
+        cost = gl.where((x_norm < 0.0)[:, None], 0.0, cost)
+        places = pointers[5] + row.to(gl.int64)[:, None] * m + col[None, :]
+        mask = (row < rows)[:, None]
+        if not EVEN:
+            mask = mask & (col < m)[None, :]
+        gl.store(places, cost, mask=mask)
 
 
 @gluon.jit
-def _half_best(pointers, sizes, acc, first_n, LAYOUT: gl.constexpr, METRIC: gl.constexpr):
+def _best(
+    pointers, sizes, acc, first_n,
+    COLS: gl.constexpr, LAYOUT: gl.constexpr, METRIC: gl.constexpr, EVEN: gl.constexpr,
+):  # fmt: skip
     """Lowest score of each row and the lowest column that has it. NaN never wins."""
-    m = sizes[1]
-    col = first_n + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, LAYOUT))
-    p_norm = gl.load(pointers[3] + col, mask=col < m, other=0.0)
-    score = -acc * p_norm[None, :] if METRIC == "cosine" else p_norm[None, :] - 2.0 * acc
-    score = gl.where((col < m)[None, :] & (score == score), score, float("inf"))
-    best = gl.min(score, axis=1)
-    chosen = (score == best[:, None]) & (score < float("inf"))
-    return best, gl.min(gl.where(chosen, col[None, :], _NO_INDEX), axis=1)
+    if COLS > 64:
+        low, high = _halves(acc, COLS // 2)
+        best, index = _best(pointers, sizes, low, first_n, COLS // 2, LAYOUT, METRIC, EVEN)
+        first_n += COLS // 2
+        other, column = _best(pointers, sizes, high, first_n, COLS // 2, LAYOUT, METRIC, EVEN)
+        return _better(best, index, other, column)
+    else:
+        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+        m = sizes[1]
+        col = first_n + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
+        p_norm = pool_norm_of(pointers, col, m, EVEN)
+        # The token's own norm is the same for all columns, so it is left out.
+        score = -acc * p_norm[None, :] if METRIC == "cosine" else p_norm[None, :] - 2.0 * acc
+        score = gl.where(score == score, score, float("inf"))
+        best = gl.min(score, axis=1)
+        chosen = (score == best[:, None]) & (score < float("inf"))
+        index = gl.min(gl.where(chosen, col[None, :], _NO_INDEX), axis=1)
+        best = gl.convert_layout(best, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+        return best, gl.convert_layout(index, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+
+
+@gluon.jit
+def _better(best, index, other, column):
+    """The better of two results, the first if they are equal: its columns are lower."""
+    later = other < best
+    return gl.where(later, other, best), gl.where(later, column, index)
+
+
+@gluon.jit
+def _claim(pointers, sizes, best, index, row, tile_m, tiles_n, PART: gl.constexpr):
+    """Lower each row's key (score, column); the last of the row tile turns keys into columns."""
+    out_ptr, state_ptr = pointers[5], pointers[6]
+    _, live, valid = row_state(row, pointers, sizes)
+    # Integers in the order of the floats; 0 is added so that -0 is 0.
+    bits = (best + 0.0).to(gl.int32, bitcast=True)
+    bits = gl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = (bits.to(gl.int64) << 32) | index.to(gl.int64)
+    found = live & valid & (index != _NO_INDEX)
+    gl.atomic_min(out_ptr + row, key, mask=found, sem="relaxed")
+    # All of this group's keys come before its ticket, all tickets before the last one's reads.
+    group_barrier()
+    ticket = gl.atomic_add(state_ptr + 2 + 2 * tile_m + PART, 1, sem="acq_rel")
+    if ticket == tiles_n - 1:
+        inside = row < sizes[0]
+        key = gl.load(out_ptr + row, mask=inside, other=0, volatile=True)
+        gl.store(out_ptr + row, gl.where(key == _NO_KEY, -1, key & 0xFFFFFFFF), mask=inside)
+
+
+@gluon.jit
+def _half_product(x, p, COLS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Product of this group's 64 rows with a slot of the pool, summed from zero."""
+    part = gl.zeros([64, COLS], gl.float32, layout=LAYOUT)
+    part = hopper.warpgroup_mma(x, p.permute((1, 0)), part, use_acc=False, is_async=True)
+    return hopper.warpgroup_mma_wait(0, deps=[part])
 
 
 @gluon.jit
 def _multiply_tiles(
     pointers, buffers, sizes, PART: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr, CORRECTION: gl.constexpr, METRIC: gl.constexpr,
-    NEAREST: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOKEN_SLOTS: gl.constexpr,
+    POOL_SLOTS: gl.constexpr, GROUP_M: gl.constexpr, CORRECTION: gl.constexpr, METRIC: gl.constexpr,
+    NEAREST: gl.constexpr, DENSE: gl.constexpr, EVEN: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warp group: rows PART * BLOCK_M / 2 and on of every tile, in two halves."""
-    offset_ptr, out_ptr, index_ptr = pointers[1], pointers[4], pointers[5]
-    x_smem, p_smem, full, empty = buffers
-    rows, m, dim = sizes
+    x_smem, p_smem, x_full, x_empty, p_full, p_empty, norm_smem, norm_full = buffers
     half_m: gl.constexpr = BLOCK_M // 2
     gl.static_assert(half_m == 64)
     half_n: gl.constexpr = BLOCK_N // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half_n, 16])
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    step = 0
-    tiles = gl.cdiv(rows, BLOCK_M) * gl.cdiv(m, BLOCK_N)
+    step, count = 0, 0
+    tiles_n = gl.cdiv(sizes[1], BLOCK_N)
+    tiles = gl.cdiv(sizes[0], BLOCK_M) * tiles_n
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        tile_m, tile_n = _tile_place(tile, rows, m, BLOCK_M, BLOCK_N, GROUP_M)
-        whole = tile_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=line)
-        offset = gl.load(offset_ptr + whole, mask=whole < rows, other=-1)
-        depth = gl.where(gl.max(offset, axis=0) >= 0, dim, 0)
+        tile_m, tile_n = tile_place(tile, sizes[0], sizes[1], BLOCK_M, BLOCK_N, GROUP_M)
         acc0 = gl.zeros([half_m, half_n], gl.float32, layout=layout)
         acc1 = gl.zeros([half_m, half_n], gl.float32, layout=layout)
-        for _ in range(0, depth, BLOCK_K):
-            slot = step % STAGES
-            mbarrier.wait(full.index(slot), step // STAGES & 1)
-            # The copies of tokens write through another proxy than wgmma reads.
-            hopper.fence_async_shared()
-            x = x_smem.index(slot).slice(PART * half_m, half_m)
-            part = _half_product(x, p_smem.index(slot), 0, layout, half_n)
-            acc0 = gl.fma(part, gl.full_like(part, CORRECTION), acc0)
-            part = _half_product(x, p_smem.index(slot), 1, layout, half_n)
-            mbarrier.arrive(empty.index(slot))
-            acc1 = gl.fma(part, gl.full_like(part, CORRECTION), acc1)
-            step += 1
+        factor = gl.full_like(acc0, CORRECTION)
         row = tile_m * BLOCK_M + PART * half_m
         row += gl.arange(0, half_m, layout=gl.SliceLayout(1, layout))
         first_n = tile_n * BLOCK_N
+        for _ in range(0, tile_depth(tile_m, pointers, sizes, BLOCK_M, BLOCK_K), BLOCK_K):
+            slot = step % TOKEN_SLOTS
+            low, high = 2 * step % POOL_SLOTS, (2 * step + 1) % POOL_SLOTS
+            phase = 2 * step // POOL_SLOTS & 1
+            mbarrier.wait(x_full.index(slot), step // TOKEN_SLOTS & 1)
+            mbarrier.wait(p_full.index(low), phase)
+            if not DENSE:
+                # The copies of tokens write through another proxy than wgmma reads.
+                hopper.fence_async_shared()
+            x = x_smem.index(slot).slice(PART * half_m, half_m)
+            part = _half_product(x, p_smem.index(low), half_n, layout)
+            mbarrier.arrive(p_empty.index(low))
+            acc0 = gl.fma(part, factor, acc0)
+            mbarrier.wait(p_full.index(high), phase)
+            part = _half_product(x, p_smem.index(high), half_n, layout)
+            mbarrier.arrive(p_empty.index(high))
+            mbarrier.arrive(x_empty.index(slot))
+            acc1 = gl.fma(part, factor, acc1)
+            step += 1
         if NEAREST:
-            best0, index0 = _half_best(pointers, sizes, acc0, first_n, layout, METRIC)
-            best1, index1 = _half_best(pointers, sizes, acc1, first_n + half_n, layout, METRIC)
-            later = best1 < best0
-            place = tile_n.to(gl.int64) * rows + row
-            gl.store(out_ptr + place, gl.where(later, best1, best0), mask=row < rows)
-            live = gl.load(offset_ptr + row, mask=row < rows, other=-1) >= 0
-            index = gl.where(live, gl.where(later, index1, index0), _NO_INDEX)
-            gl.store(index_ptr + place, index, mask=row < rows)
+            if count == 0:
+                wait_for_pool_norms(pointers, sizes, SHARE)
+            best, index = _best(pointers, sizes, acc0, first_n, half_n, layout, METRIC, EVEN)
+            first_n += half_n
+            other, column = _best(pointers, sizes, acc1, first_n, half_n, layout, METRIC, EVEN)
+            best, index = _better(best, index, other, column)
+            _claim(pointers, sizes, best, index, row, tile_m, tiles_n, PART)
         else:
-            _store_costs(pointers, sizes, acc0, row, first_n, layout, METRIC)
-            _store_costs(pointers, sizes, acc1, row, first_n + half_n, layout, METRIC)
+            mbarrier.wait(norm_full.index(count & 1), count >> 1 & 1)
+            norms = norm_smem.index(count & 1).slice(PART * half_m, half_m)
+            norms = norms.load(gl.SliceLayout(1, layout))
+            _store_costs(pointers, sizes, acc0, row, norms, first_n, half_n, METRIC, EVEN)
+            first_n += half_n
+            _store_costs(pointers, sizes, acc1, row, norms, first_n, half_n, METRIC, EVEN)
+        count += 1
+
+
+@gluon.jit
+def _norms(
+    pointers, buffers, sizes,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOKEN_SLOTS: gl.constexpr,
+    GROUP_M: gl.constexpr, METRIC: gl.constexpr, NEAREST: gl.constexpr, SHARE: gl.constexpr,
+):  # fmt: skip
+    """The warp group of norms."""
+    if NEAREST:
+        pool_norms(pointers, sizes, SHARE, METRIC)
+    else:
+        token_norms(
+            pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M, METRIC
+        )
 
 
 @gluon.jit
 def _token_cost_hopper_kernel(
-    pool_desc, pointers, sizes,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr, CORRECTION: gl.constexpr, METRIC: gl.constexpr,
-    NEAREST: gl.constexpr, MULTIPLY_REGISTERS: gl.constexpr, COPY_REGISTERS: gl.constexpr,
+    pool_desc, token_desc, pointers, sizes,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOKEN_SLOTS: gl.constexpr,
+    POOL_SLOTS: gl.constexpr, GROUP_M: gl.constexpr, CORRECTION: gl.constexpr, METRIC: gl.constexpr,
+    NEAREST: gl.constexpr, DENSE: gl.constexpr, EVEN: gl.constexpr, SHARE: gl.constexpr,
+    MULTIPLY_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Costs, or each row's best column per tile, of (BLOCK_M, BLOCK_N) tiles in turn.
+    """Costs, or columns of the lowest, of (BLOCK_M, BLOCK_N) tiles in turn.
 
-    pointers: tokens, offsets, token norms, pool norms, result (costs or scores), columns.
-    sizes: rows, columns, components. grid = (min(tiles, multiprocessors),).
+    Without DENSE there is no ``token_desc``: rows of tokens lie apart. pointers, sizes: see
+    hopper_rows.py. For the nearest row the result starts as _NO_KEY, the state as 0.
+    grid = (programs,), at most one per multiprocessor.
     """
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    x_smem = gl.allocate_shared_memory(pool_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], shared)
-    p_smem = gl.allocate_shared_memory(pool_desc.dtype, [STAGES, BLOCK_N, BLOCK_K], shared)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        # One arrival announces the bytes of the TMA copy, each of 128 threads its own copies.
-        mbarrier.init(full.index(i), count=1 + 128)
-        mbarrier.init(empty.index(i), count=2)
-    buffers = (x_smem, p_smem, full, empty)
+    dtype: gl.constexpr = pool_desc.dtype
+    x_smem = gl.allocate_shared_memory(dtype, [TOKEN_SLOTS, BLOCK_M, BLOCK_K], shared)
+    p_smem = gl.allocate_shared_memory(dtype, [POOL_SLOTS, BLOCK_N // 2, BLOCK_K], shared)
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    x_full = gl.allocate_shared_memory(gl.int64, [TOKEN_SLOTS, 1], bars)
+    x_empty = gl.allocate_shared_memory(gl.int64, [TOKEN_SLOTS, 1], bars)
+    p_full = gl.allocate_shared_memory(gl.int64, [POOL_SLOTS, 1], bars)
+    p_empty = gl.allocate_shared_memory(gl.int64, [POOL_SLOTS, 1], bars)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    norm_smem = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], line)
+    norm_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    for i in gl.static_range(TOKEN_SLOTS):
+        # One arrival announces the bytes of a TMA copy, each of 128 threads its own copies.
+        mbarrier.init(x_full.index(i), count=1 if DENSE else 128)
+        mbarrier.init(x_empty.index(i), count=2 if NEAREST else 3)
+    for i in gl.static_range(POOL_SLOTS):
+        mbarrier.init(p_full.index(i), count=1)
+        mbarrier.init(p_empty.index(i), count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(norm_full.index(i), count=1)
+    buffers = (x_smem, p_smem, x_full, x_empty, p_full, p_empty, norm_smem, norm_full)
     gl.warp_specialize(
         [
             (_multiply_tiles, (
-                pointers, buffers, sizes, 0, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
-                CORRECTION, METRIC, NEAREST,
+                pointers, buffers, sizes, 0, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, POOL_SLOTS,
+                GROUP_M, CORRECTION, METRIC, NEAREST, DENSE, EVEN, SHARE,
             )),
             (_multiply_tiles, (
-                pointers, buffers, sizes, 1, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
-                CORRECTION, METRIC, NEAREST,
+                pointers, buffers, sizes, 1, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, POOL_SLOTS,
+                GROUP_M, CORRECTION, METRIC, NEAREST, DENSE, EVEN, SHARE,
+            )),
+            (_norms, (
+                pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M, METRIC,
+                NEAREST, SHARE,
             )),
             (_copy_tiles, (
-                pointers, pool_desc, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-                GROUP_M,
+                pointers, (pool_desc, token_desc), buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K,
+                TOKEN_SLOTS, POOL_SLOTS, GROUP_M, DENSE,
             )),
         ],
-        [4, 4], [MULTIPLY_REGISTERS, COPY_REGISTERS],
+        [4, 4, 1 if DENSE else 4], [MULTIPLY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
     )  # fmt: skip
 
 
@@ -218,19 +337,29 @@ def _multiprocessors(index: int) -> int:
 
 
 def launch(
-    tokens: Tensor,
-    pool: Tensor,
     operands: tuple[Tensor | None, ...],
-    rows: int,
+    sizes: tuple[int, ...],
     picked: HopperCostConfig,
     metric: str,
+    dense: bool,
 ) -> None:
-    """Run the kernel; ``operands`` are its pointers after the tokens."""
-    m, dim = pool.shape
-    box, layout = [picked.block_n, picked.block_k], gl.NVMMASharedLayout(128, 16, rank=2)
-    descriptor = TensorDescriptor(pool, [m, dim], [pool.stride(0), 1], box, layout)
+    """Run the kernel; ``operands`` and ``sizes`` as in hopper_rows.py.
+
+    ``dense``: row i of the result is row i of the tokens, at one stride.
+    """
+    tokens, pool, state = operands[0], operands[3], operands[6]
+    rows, m, dim, _, _, _, stride_n, stride_pm = sizes
+    layout = gl.NVMMASharedLayout(128, 16, rank=2)
+    box = [picked.block_n // 2, picked.block_k]
+    pool_desc = TensorDescriptor(pool, [m, dim], [stride_pm, 1], box, layout)
+    token_desc = None
+    if dense:
+        box = [picked.block_m, picked.block_k]
+        token_desc = TensorDescriptor(tokens, [rows, dim], [stride_n, 1], box, layout)
     tiles = triton.cdiv(rows, picked.block_m) * triton.cdiv(m, picked.block_n)
-    _token_cost_hopper_kernel[(min(tiles, _multiprocessors(tokens.device.index)),)](
-        descriptor, (tokens, *operands), (rows, m, dim),
-        METRIC=metric, NEAREST=operands[-1] is not None, num_warps=4, **picked.constants(),
+    programs = min(tiles, _multiprocessors(tokens.device.index))
+    _token_cost_hopper_kernel[(programs,)](
+        pool_desc, token_desc, operands, sizes,
+        METRIC=metric, DENSE=dense, EVEN=m % picked.block_n == 0, NEAREST=state is not None,
+        SHARE=picked.share(m, programs), num_warps=4, **picked.constants(),
     )  # fmt: skip

@@ -1,8 +1,9 @@
 r"""Triton kernels of the matching costs, and their launchers.
 
-A small pass over the rows writes where each row of the result reads its token (so batches with any
-strides, gathered rows and row counts are one case) and its squared norm; the large kernel is a
-matrix product with the distance in its epilogue.
+A small pass over the rows (prepass.py) writes where each row of the result reads its token (so
+batches with any strides, gathered rows and row counts are one case) and its squared norm; the large
+kernel is a matrix product with the distance in its epilogue. On sm_90 most calls run the kernel of
+hopper.py instead, which needs no pass over the tokens.
 
 Why the product is summed twice. Tensor cores add to their float32 accumulator with truncation
 (Fasi, Higham, Mikaitis, Pranesh, "Numerical behavior of NVIDIA tensor cores", PeerJ CS 7:e330,
@@ -23,68 +24,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import interpreted
-from .config import CostConfig, pick_config, pick_hopper
+from .config import CostConfig, one_matrix, pick_config, pick_hopper
+from .prepass import (
+    CLEAR,
+    NORMS,
+    OFFSET_ROWS,
+    POOL_NORM,
+    PREPASS,
+    _nearest_start_kernel,
+    _pool_norm_kernel,
+    _row_prepass_kernel,
+)
 
 _NO_INDEX = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def _row_norm(
-    x_ptr, offset, live, dim, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr
-):
-    """Norm term of BLOCK_R rows: NORM is "square" for |x|², "inverse" for 1 / |x|, 0 for 0."""
-    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
-    for k in range(0, dim, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        mask = live[:, None] & (offs_k < dim)[None, :]
-        x = tl.load(x_ptr + offset[:, None] + offs_k[None, :], mask=mask, other=0.0)
-        acc += x.to(tl.float32) * x.to(tl.float32)
-    norm = tl.sum(acc, axis=1)
-    if NORM == "inverse":
-        norm = tl.where(norm == 0.0, 0.0, 1.0 / tl.sqrt(tl.where(norm == 0.0, 1.0, norm)))
-    return norm
-
-
-@triton.jit
-def _row_prepass_kernel(
-    tokens_ptr, pool_ptr, index_ptr, num_rows_ptr, offset_ptr, x_norm_ptr, p_norm_ptr,
-    sizes, strides,
-    TOKEN_R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
-    """Source offsets (-1: none) and norms of TOKEN_R token rows, or norms of BLOCK_R pool rows.
-
-    sizes: rows, rows per image, sources, m, components. Without ``x_norm_ptr`` tokens get offsets
-    only. grid = (cdiv(rows, TOKEN_R) + cdiv(m, BLOCK_R),).
-    """
-    rows, length, num_sources, m, dim = sizes
-    stride_b, stride_n, stride_pm = strides
-    program, token_programs = tl.program_id(0), tl.cdiv(rows, TOKEN_R)
-    if program < token_programs:
-        row = program * TOKEN_R + tl.arange(0, TOKEN_R)
-        inside = row < rows
-        batch, place = row // length, row % length
-        live = inside
-        if num_rows_ptr is not None:
-            live = live & (place < tl.load(num_rows_ptr + batch, mask=inside, other=0))
-        if index_ptr is not None:
-            source = tl.load(index_ptr + row, mask=live, other=0).to(tl.int64)
-            valid = (source >= 0) & (source < num_sources)
-            offset = tl.where(valid, source, 0) * stride_n
-        else:
-            valid = inside
-            offset = batch.to(tl.int64) * stride_b + place.to(tl.int64) * stride_n
-        # Without norms there is nothing to poison: an index out of range is then a row without a
-        # result.
-        kept = live if x_norm_ptr is not None else live & valid
-        tl.store(offset_ptr + row, tl.where(kept, offset, -1), mask=inside)
-        if x_norm_ptr is not None:
-            norm = _row_norm(tokens_ptr, offset, live, dim, TOKEN_R, BLOCK_K, NORM)
-            tl.store(x_norm_ptr + row, tl.where(valid, norm, float("nan")), mask=inside)
-    else:
-        pool_row = (program - token_programs) * BLOCK_R + tl.arange(0, BLOCK_R)
-        start = pool_row.to(tl.int64) * stride_pm
-        p_norm = _row_norm(pool_ptr, start, pool_row < m, dim, BLOCK_R, BLOCK_K, NORM)
-        tl.store(p_norm_ptr + pool_row, p_norm, mask=pool_row < m)
 
 
 @triton.jit
@@ -242,10 +194,7 @@ def _nearest_reduce_kernel(score_ptr, index_ptr, out_ptr, rows, tiles, BLOCK_R: 
     tl.store(out_ptr + row, tl.where(winner == _NO_INDEX, -1, winner).to(tl.int64), mask=inside)
 
 
-PREPASS = {"BLOCK_R": 4, "BLOCK_K": 512}
-OFFSET_ROWS = 128
 REDUCE_ROWS = 128
-_NORMS = {"l2": "square", "l2sq": "square", "cosine": "inverse"}
 
 
 def tile_constants(
@@ -285,7 +234,7 @@ def _readable(rows: Tensor) -> Tensor:
 
 
 class _Problem:
-    """One call's operands as the kernels take them: offsets, norms, the kernel that takes them."""
+    """One call's operands as the kernels take them, and the kernel that takes them."""
 
     def __init__(
         self,
@@ -294,7 +243,6 @@ class _Problem:
         token_index: Tensor | None,
         num_rows: Tensor | None,
         metric: str,
-        token_norms: bool,
     ) -> None:
         tokens, self.pool, self.metric = _readable(tokens), _readable(pool), metric
         self.tokens = tokens.unsqueeze(0) if tokens.dim() == 2 else tokens
@@ -302,6 +250,8 @@ class _Problem:
         self.length = shape[-1]
         self.rows = self.length * (shape[0] if len(shape) == 2 else 1)
         self.m, self.dim = pool.shape
+        self.index = None if token_index is None else token_index.contiguous()
+        self.num_rows = None if num_rows is None else num_rows.contiguous()
         stride_b, stride_n, _ = self.tokens.stride()
         self.strides = (stride_b if token_index is None else 0, stride_n, self.pool.stride(0))
         arch, shared = _arch(tokens), self.strides[0] | self.strides[1] | self.strides[2]
@@ -312,76 +262,98 @@ class _Problem:
         self.hopper = pick_hopper(*problem, aligned)
         self.config = pick_config(*problem)
         self.constants = tile_constants(self.config, tokens.dtype, self.dim, shared)
-        block_n = self.hopper.block_n if self.hopper else 2 * self.config.half_n
-        self.tiles_n = triton.cdiv(self.m, block_n)
-        self._prepare(token_index, num_rows, token_norms)
-
-    def _prepare(
-        self, token_index: Tensor | None, num_rows: Tensor | None, token_norms: bool
-    ) -> None:
-        """Launch the prepass."""
-        tokens, token_rows = self.tokens, PREPASS["BLOCK_R"] if token_norms else OFFSET_ROWS
-        self.offset = tokens.new_empty((self.rows,), dtype=torch.int64)
         self.p_norm = tokens.new_empty((self.m,), dtype=torch.float32)
-        self.x_norm = tokens.new_empty((self.rows,), dtype=torch.float32) if token_norms else None
+
+    def prepare(self, token_norms: bool) -> tuple[Tensor, ...]:
+        """Launch the prepass of the plain kernels; returns offsets and, if asked for, norms."""
+        tokens, token_rows = self.tokens, PREPASS["BLOCK_R"] if token_norms else OFFSET_ROWS
+        offset = tokens.new_empty((self.rows,), dtype=torch.int64)
+        x_norm = tokens.new_empty((self.rows,), dtype=torch.float32) if token_norms else None
         programs = triton.cdiv(self.rows, token_rows) + triton.cdiv(self.m, PREPASS["BLOCK_R"])
         _row_prepass_kernel[(programs,)](
-            tokens, self.pool,
-            None if token_index is None else token_index.contiguous(),
-            None if num_rows is None else num_rows.contiguous(),
-            self.offset, self.x_norm, self.p_norm,
+            tokens, self.pool, self.index, self.num_rows, offset, x_norm, self.p_norm,
             (self.rows, self.length, tokens.shape[1], self.m, self.dim), self.strides,
-            TOKEN_R=token_rows, NORM=_NORMS[self.metric], **PREPASS,
+            TOKEN_R=token_rows, NORM=NORMS[self.metric], **PREPASS,
+        )  # fmt: skip
+        return (offset,) if x_norm is None else (offset, x_norm)
+
+    def launch(self, kernel: triton.JITFunction, operands: tuple[Tensor, ...]) -> None:
+        """Run a plain kernel; ``operands`` are its pointers after those of the inputs."""
+        tiles = triton.cdiv(self.rows, self.config.block_m) * self.tiles_n()
+        kernel[(tiles,)](
+            self.tokens, self.pool, *operands, self.rows, self.m, self.dim, self.strides[2],
+            METRIC=self.metric, num_warps=self.config.num_warps, num_stages=self.config.num_stages,
+            **self.constants,
         )  # fmt: skip
 
-    def launch(self, out: Tensor, index: Tensor | None) -> None:
-        """Write all costs to ``out``; or, with ``index``, each tile's best score and column."""
-        if self.hopper is not None:
-            from . import hopper
+    def tiles_n(self) -> int:
+        """Column tiles of the plain kernels."""
+        return triton.cdiv(self.m, 2 * self.config.half_n)
 
-            operands = (self.offset, self.x_norm, self.p_norm, out, index)
-            hopper.launch(self.tokens, self.pool, operands, self.rows, self.hopper, self.metric)
-            return
-        norms, results = (self.x_norm, self.p_norm), (out,)
-        kernel = _token_cost_kernel
-        if index is not None:
-            kernel, norms, results = _nearest_token_kernel, (self.p_norm,), (out, index)
-        kernel[(triton.cdiv(self.rows, self.config.block_m) * self.tiles_n,)](
-            self.tokens, self.pool, self.offset, *norms, *results,
-            self.rows, self.m, self.dim, self.pool.stride(0), METRIC=self.metric,
-            num_warps=self.config.num_warps, num_stages=self.config.num_stages, **self.constants,
+    def launch_hopper(self, out: Tensor) -> None:
+        """Run the kernel for sm_90, after what has to come before it."""
+        from . import hopper
+
+        state = None
+        if out.dtype == torch.int64:
+            # Claims, then a ticket per row tile and warp group.
+            state = out.new_empty(
+                (2 + 2 * triton.cdiv(self.rows, self.hopper.block_m),), dtype=torch.int32
+            )
+            _nearest_start_kernel[(triton.cdiv(max(self.rows, state.numel()), CLEAR),)](
+                out, state, self.rows, state.numel(), BLOCK=CLEAR
+            )
+        else:
+            _pool_norm_kernel[(self.m,)](
+                self.pool, self.p_norm, self.dim, self.strides[2], NORM=NORMS[self.metric],
+                **POOL_NORM,
+            )  # fmt: skip
+        dense = self.index is None and self.num_rows is None
+        hopper.launch(
+            (self.tokens, self.index, self.num_rows, self.pool, self.p_norm, out, state),
+            (self.rows, self.m, self.dim, self.length, self.tokens.shape[1], *self.strides),
+            self.hopper, self.metric,
+            dense and one_matrix(tuple(self.tokens.shape), self.strides[:2]),
         )  # fmt: skip
 
 
 def token_cost(
     tokens: Tensor, pool: Tensor, token_index: Tensor | None, num_rows: Tensor | None, metric: str
 ) -> Tensor:
-    """Launch ``_token_cost_kernel``."""
+    """Launch ``_token_cost_kernel``, or the kernel for sm_90."""
     shape = tuple(tokens.shape[:-1] if token_index is None else token_index.shape)
     out = tokens.new_empty((*shape, pool.shape[0]), dtype=torch.float32)
     if out.numel() == 0:
         return out
     with _on(tokens):
-        problem = _Problem(tokens, pool, token_index, num_rows, metric, token_norms=True)
-        problem.launch(out, None)
+        problem = _Problem(tokens, pool, token_index, num_rows, metric)
+        if problem.hopper is not None:
+            problem.launch_hopper(out)
+        else:
+            rows = problem.prepare(token_norms=True)
+            problem.launch(_token_cost_kernel, (*rows, problem.p_norm, out))
     return out
 
 
 def nearest_token(
     tokens: Tensor, pool: Tensor, token_index: Tensor | None, num_rows: Tensor | None, metric: str
 ) -> Tensor:
-    """Launch ``_nearest_token_kernel`` and reduce its winners over the column tiles."""
+    """Launch ``_nearest_token_kernel`` and reduce its winners, or the kernel for sm_90."""
     shape = tuple(tokens.shape[:-1] if token_index is None else token_index.shape)
     out = tokens.new_empty(shape, dtype=torch.int64)
     if out.numel() == 0:
         return out
     with _on(tokens):
-        problem = _Problem(tokens, pool, token_index, num_rows, metric, token_norms=False)
-        partial = (problem.tiles_n, problem.rows)
-        score = tokens.new_empty(partial, dtype=torch.float32)
-        index = tokens.new_empty(partial, dtype=torch.int32)
-        problem.launch(score, index)
+        problem = _Problem(tokens, pool, token_index, num_rows, metric)
+        if problem.hopper is not None:
+            problem.launch_hopper(out)
+            return out
+        (offset,) = problem.prepare(token_norms=False)
+        tiles = problem.tiles_n()
+        score = tokens.new_empty((tiles, problem.rows), dtype=torch.float32)
+        index = tokens.new_empty((tiles, problem.rows), dtype=torch.int32)
+        problem.launch(_nearest_token_kernel, (offset, problem.p_norm, score, index))
         _nearest_reduce_kernel[(triton.cdiv(problem.rows, REDUCE_ROWS),)](
-            score, index, out, problem.rows, problem.tiles_n, BLOCK_R=REDUCE_ROWS
+            score, index, out, problem.rows, tiles, BLOCK_R=REDUCE_ROWS
         )
     return out
