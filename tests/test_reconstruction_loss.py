@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from croc_kernels import ops, reconstruction_loss
+from croc_kernels.replacement.config import pick_loss
 from croc_kernels.testing import assert_within_budget
 
 BACKENDS = ("auto", "reference")
@@ -234,3 +235,13 @@ def test_reconstruction_loss_opcheck() -> None:
         torch.library.opcheck(ops.reconstruction_loss_fwd, (p, t, w, number, beta, mean))
         scale = one.to(torch.promote_types(torch.float32, p.dtype))
         torch.library.opcheck(ops.reconstruction_loss_bwd, (p, t, w, scale, scale, beta))
+
+
+def test_reconstruction_loss_config_reads_wider_where_rows_are_skipped() -> None:
+    every, some = pick_loss(4096, selected=False), pick_loss(4096, selected=True)
+    assert some.columns == 2 * every.columns
+    # As many threads on the chip and as many components per thread.
+    assert some.warps * some.programs == every.warps * every.programs
+    assert some.columns // some.warps == every.columns // every.warps
+    # Rows that one block of the narrow shape holds have no use for the wide one.
+    assert pick_loss(1024, selected=True) == pick_loss(1024, selected=False) == every

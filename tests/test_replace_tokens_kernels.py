@@ -12,6 +12,7 @@ from torch import Tensor
 
 from croc_kernels import ops, reconstruction_loss, replace_tokens
 from croc_kernels.replacement import api, kernel, loss_kernel
+from croc_kernels.replacement.config import LossConfig
 from croc_kernels.testing import assert_within_budget
 
 GPU = torch.cuda.is_available()
@@ -96,7 +97,7 @@ def test_replace_tokens_kernel_all_draw_one_row() -> None:
     assert grads[0].count_nonzero() == 40
 
 
-@pytest.mark.parametrize("sizes", [(4, 16, 4, 4), (8, 64, 16, 32), (16, 1024, 128, 256)], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 16, 4, 4), (8, 64, 16, 32), (32, 8192, 256, 256)], ids=str)
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("most", [1, 3, 13], ids=lambda most: f"{most}-of-13")
 def test_replace_tokens_kernel_sorts_what_was_drawn(
@@ -233,7 +234,7 @@ def test_reconstruction_loss_kernel_with_fewer_programs_than_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(loss_kernel, "ROWS", 4)
-    monkeypatch.setattr(loss_kernel, "PROGRAMS", 3)
+    monkeypatch.setattr(loss_kernel, "pick_loss", lambda *_, **__: LossConfig(1024, 4, 3))
     prediction, target, where = draw(47, 24), draw(47, 24), (torch.rand(47) < 0.5).to(DEVICE)
     got = loss_and_gradient(prediction, target, where, backend="triton")
     expected = loss_and_gradient(prediction, target, where, backend="reference")

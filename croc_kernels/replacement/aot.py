@@ -2,6 +2,7 @@
 
 from ..aot import CompileCase
 from . import kernel, loss_kernel
+from .config import pick_loss
 from .layout import column_block
 
 DIM = 4096
@@ -11,8 +12,9 @@ _ODD = ("length", "columns", "sizes", "strides")
 
 
 def _case(
-    name: str, fn: object, types: dict[str, str], sizes: tuple[str, ...], constants: dict
-) -> CompileCase:
+    name: str, fn: object, types: dict[str, str], sizes: tuple[str, ...], constants: dict,
+    warps: int = 4,
+) -> CompileCase:  # fmt: skip
     """A case in which every pointer and size is a multiple of 16, the length of an image apart."""
     types = types | dict.fromkeys(sizes, "i32")
     signature = {argument: types.get(argument, "constexpr") for argument in fn.arg_names}
@@ -28,7 +30,7 @@ def _case(
         place = fn.arg_names.index("sizes")
         # Rows, components, pool rows.
         attrs |= {(place, i): [["tt.divisibility", 16]] for i in (0, 2, 3)}
-    return CompileCase(name, fn, signature, constants, attrs, 4, 3, has_dot=False)
+    return CompileCase(name, fn, signature, constants, attrs, warps, 3, has_dot=False)
 
 
 def _replacement_cases(dtype: str, arch: int) -> list[CompileCase]:
@@ -54,7 +56,7 @@ def _replacement_cases(dtype: str, arch: int) -> list[CompileCase]:
         _case(
             f"replace_tokens_bwd-sort-{dtype}", kernel._sort_kernel,
             operands | {"work_ptr": "*i32"}, ("rows", "pool_size", "columns"),
-            sort | columns | overlap,
+            sort | columns | overlap, kernel.SORT_WARPS,
         ),
     ]  # fmt: skip
 
@@ -66,7 +68,8 @@ def _loss_cases(dtype: str, target: str, selected: bool) -> list[CompileCase]:
     constants |= {} if selected else {"where_ptr": None}
     sizes, label = ("rows", "length", "dim"), f"{dtype}-{target}" + "-selected" * selected
     forward = {"ACC": kernel.tl.float32, "BLOCK_R": loss_kernel.ROWS}
-    forward |= {"BLOCK_C": column_block(DIM, loss_kernel.COLUMNS)}
+    picked = pick_loss(DIM, selected)
+    forward |= {"BLOCK_C": column_block(DIM, picked.columns)}
     forward |= {"BLOCK": loss_kernel.REDUCE_BLOCK}
     backward = {"BLOCK_R": loss_kernel.GRADIENT_ROWS, "BLOCK_C": column_block(DIM)}
     scalars = dict.fromkeys(("divisor_ptr", "expected_ptr"), "*fp32")
@@ -75,11 +78,11 @@ def _loss_cases(dtype: str, target: str, selected: bool) -> list[CompileCase]:
     return [
         _case(
             f"reconstruction_loss_fwd-{label}", loss_kernel._loss_kernel,
-            result, sizes, constants | forward | {"gradient_ptr": None},
+            result, sizes, constants | forward | {"gradient_ptr": None}, picked.warps,
         ),
         _case(
             f"reconstruction_loss_fwd_foreseen-{label}", loss_kernel._loss_kernel,
-            result | {"gradient_ptr": f"*{dtype}"}, sizes, constants | forward,
+            result | {"gradient_ptr": f"*{dtype}"}, sizes, constants | forward, picked.warps,
         ),
         _case(
             f"reconstruction_loss_bwd_foreseen-{label}", loss_kernel._loss_gradient_kernel,
@@ -97,4 +100,6 @@ def compile_cases(arch: int) -> list[CompileCase]:
     scalars = dict.fromkeys(names, "*fp32") | {"where_ptr": "*i1"}
     constants = {"BLOCK": loss_kernel.COUNT_BLOCK, "MEAN": True}
     start = loss_kernel._loss_start_kernel
-    return [*cases, _case("reconstruction_loss_start", start, scalars, ("rows", "dim"), constants)]
+    warps = loss_kernel.COUNT_WARPS
+    name = "reconstruction_loss_start"
+    return [*cases, _case(name, start, scalars, ("rows", "dim"), constants, warps)]

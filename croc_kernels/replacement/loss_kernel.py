@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import pick_loss
 from .layout import accumulator, as_rows, column_block, on_device, row_offset
 
 
@@ -166,9 +167,9 @@ def _loss_gradient_kernel(
         tl.store(out_ptr + place, gradient, mask=inside)
 
 
-# Tile and number of programs of the forward kernel, tile of the backward kernel and its programs
-# where most calls have nothing to do. H200, docs/matching.md.
-ROWS, COLUMNS, PROGRAMS = 2, 1024, 1584
+# Rows that a forward program reads at a time, tile of the backward kernel and its programs where
+# most calls have nothing to do. H200, docs/matching.md.
+ROWS = 2
 GRADIENT_ROWS, CHECK_PROGRAMS = 4, 2112
 # Partial sums and selections read at a time.
 REDUCE_BLOCK, COUNT_BLOCK, COUNT_WARPS = 1024, 8192, 16
@@ -190,8 +191,8 @@ def _forward(
         zero, one = prediction.new_zeros((), dtype=dtype), prediction.new_ones((), dtype=dtype)
         return zero, one, torch.full_like(zero, torch.nan), gradient
     loss, divisor, expected = (prediction.new_empty((), dtype=dtype) for _ in range(3))
-    block = column_block(dim, COLUMNS)
-    programs = min(triton.cdiv(rows, ROWS), PROGRAMS)
+    picked = pick_loss(dim, selected=where is not None)
+    programs = min(triton.cdiv(rows, ROWS), picked.programs)
     partial = prediction.new_empty((programs + 1,), dtype=dtype)
     p, t = as_rows(prediction), as_rows(target)
     where = None if where is None else where.contiguous()
@@ -203,7 +204,8 @@ def _forward(
         _loss_kernel[(programs,)](
             p, t, where, partial, divisor, loss, expected, None if history is None else gradient,
             rows, p.shape[1], dim, (*p.stride()[:2], *t.stride()[:2]),
-            BETA=beta, ACC=acc, BLOCK_R=ROWS, BLOCK_C=block, BLOCK=REDUCE_BLOCK,
+            BETA=beta, ACC=acc, BLOCK_R=ROWS, BLOCK_C=column_block(dim, picked.columns),
+            BLOCK=REDUCE_BLOCK, num_warps=picked.warps,
         )  # fmt: skip
     return loss, divisor, expected, gradient
 
