@@ -148,24 +148,60 @@ def test_llava_prepare_gives_what_the_code_base_gives(recipe):
         assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
 
 
-def test_llava_exact_parity_shows_padding():
-    """The released mask of a sample without a label opens everything, padding included."""
-    losses = {}
-    for exact in (False, True):
-        model = build("croc-released").train()
-        attach(model, "croc-released", exact_parity=exact)
-        input_ids, mask, labels, images, shown = batch()
-        labels[1] = IGNORE
-        hidden = {}
-        model.model.norm.register_forward_hook(lambda m, a, out, h=hidden: h.update(out=out))
-        torch.manual_seed(3)
-        model(
-            input_ids=input_ids, attention_mask=mask, labels=labels, images=images,
-            images_per_sample=shown,
-        )  # fmt: skip
-        losses[exact] = hidden["out"].detach()
-    assert torch.allclose(losses[False][0], losses[True][0], atol=1e-5)
-    assert not torch.allclose(losses[False][1, :7], losses[True][1, :7], atol=1e-4)
+def published_hidden(model, input_ids, mask, labels, images, shown):
+    """Last hidden states of the released Croc: rows padded with zeros on the right, causal over
+    valid keys, and then everything before the first label open to all rows, or, without a label,
+    everything. Nothing is masked out.
+    """
+    tower = model.get_vision_tower()(images)
+    features = nn.functional.normalize(model.model.mm_projector(tower), dim=-1)
+    rows, targets, image = [], [], 0
+    for b, ids in enumerate(input_ids):
+        row, target, first = [], [], image
+        image += max(shown[b], 1)
+        for t in mask[b].nonzero().flatten().tolist():
+            if ids[t] == IMAGE:
+                row += list(features[first])
+                target += [IGNORE] * features.shape[1]
+                first += 1
+            else:
+                row.append(model.model.embed_tokens(ids[t]))
+                target.append(int(labels[b, t]))
+        rows.append(torch.stack(row))
+        targets.append(target)
+    length = max(map(len, rows))
+    seen = torch.zeros(len(rows), length, length, dtype=torch.bool)
+    for b, target in enumerate(targets):
+        supervised = [i for i, y in enumerate(target) if y != IGNORE]
+        prefix = supervised[0] if supervised else length
+        for i in range(length):
+            for j in range(length):
+                seen[b, i, j] = (j <= i and j < len(target)) or j < prefix
+    bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[:, None]
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return model.model(inputs_embeds=padded, attention_mask=bias)[0], [len(t) for t in targets]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_llava_exact_parity_reproduces_the_published_mask(exact):
+    """Padding included, which a sample without a label sees; by default it does not."""
+    model = build("croc-released").train()
+    input_ids, mask, labels, images, shown = batch()
+    labels[1] = IGNORE
+    expected, lengths = published_hidden(model, input_ids, mask, labels, images, shown)
+    attach(model, "croc-released", exact_parity=exact, mask_ratio=0.0)
+    hidden = {}
+    model.model.norm.register_forward_hook(lambda m, a, out: hidden.update(out=out))
+    model(
+        input_ids=input_ids, attention_mask=mask, labels=labels, images=images,
+        images_per_sample=shown,
+    )  # fmt: skip
+    found = hidden["out"][:, : expected.shape[1]]
+    for b, length in enumerate(lengths):
+        same = torch.allclose(found[b, :length], expected[b, :length], atol=1e-5)
+        assert same == (exact or b != 1), b
+    if exact:
+        assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_llava_text_only_batch_touches_every_parameter():

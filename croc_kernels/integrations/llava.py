@@ -305,7 +305,8 @@ def _forward(
         batch, mask = stage.batch, stage.mask
         attention_mask = batch.attention_mask if mask is None else pack_mask(mask)
         inputs_embeds, labels, input_ids = batch.inputs_embeds, prepared[5], None
-        position_ids = batch.position_ids
+        # The released code leaves positions to the LM, which counts padding too.
+        position_ids = prepared[1] if stage.exact_parity else batch.position_ids
     elif inputs_embeds is None or not stage.holds(inputs_embeds):
         stage.forget()
         if layer.recipe.attention == "prefix" and labels is not None and not stage.exact_parity:
