@@ -10,7 +10,7 @@ from .config import CostConfig, HopperCostConfig, pick_config, pick_hopper
 ROWS, POOL, DIM = 32 * 432, 2048, 4096
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _ALIGNED = [["tt.divisibility", 16]]
-# Bytes, all between tiles: none for dense costs, else at most 68 with triton 3.6.0 and 3.7.1.
+# Bytes, all between tiles: at most 16 with dense rows, else 68, with triton 3.6.0 and 3.7.1.
 HOPPER_SPILLS = 96
 
 
