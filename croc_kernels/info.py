@@ -103,12 +103,18 @@ def assignment_choice(device: dict[str, Any]) -> tuple[str, str]:
 
 
 def transformers_faults() -> list[str]:
-    """Known faults of the installed transformers that bear on this package."""
+    """Known faults of the installed transformers that bear on this package; first, if it is out of
+    range.
+    """
     version = version_of("transformers")
     if version is None:
         return []
     from .integrations.faults import known_faults
 
+    try:
+        _versions.check("transformers", version, _versions.TRANSFORMERS_RANGE)
+    except ImportError as error:
+        return [str(error), *known_faults(version)]
     return known_faults(version)
 
 

@@ -112,3 +112,12 @@ def test_selftest_fails_on_a_wrong_result(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "token_cost           cpu    FAILED  AssertionError: cost: error" in printed
     assert printed.splitlines()[-1] == f"{len(selftest.CHECKS) - 1} passed, 1 failed"
+
+
+@pytest.mark.parametrize(("version", "told"), [("5.17.0", False), ("5.99.1", True)])
+def test_transformers_out_of_range_is_told(monkeypatch, version, told):
+    monkeypatch.setattr(info, "version_of", lambda package: version)
+    faults = info.transformers_faults()
+    assert any("flash_attention" in fault for fault in faults)
+    assert ("transformers must be >=4.57" in faults[0]) == told
+    assert faults[0] in info.render(info.collect())
