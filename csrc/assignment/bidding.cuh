@@ -57,25 +57,16 @@ __device__ inline bool place_bid(const State& s, int k, Bid bid, double epsilon)
   return true;
 }
 
-// Bids for all free rows; returns whether any was made.
+// Bids for all free rows, by a warp each; returns whether any was made.
 template <class T>
 __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s,
                            int num_free, double epsilon) {
-  const bool listed = lists.bound != nullptr;
-  const int stride = listed ? 2 * warp_count() : warp_count();
   bool made = false;
-  for (int k = warp_id(); k < num_free; k += stride) {
-    const int other = k + warp_count();
-    const bool two = listed && other < num_free;
-    Bid bids[2];
-    if (listed)
-      bids_from_lists(costs, lists, s, s.list[k], two ? s.list[other] : -1, bids);
-    else
-      bids[0] = find_bid(costs, s, s.list[k]);
-    if (lane_id() == 0)
-      made |= place_bid(s, k, bids[0], epsilon);
-    else if (lane_id() == 1 && two)
-      made |= place_bid(s, other, bids[1], epsilon);
+  for (int k = warp_id(); k < num_free; k += warp_count()) {
+    const int row = s.list[k];
+    const Bid bid = lists.bound != nullptr ? bid_from_list(costs, lists, s, row)
+                                           : find_bid(costs, s, row);
+    if (lane_id() == 0) made |= place_bid(s, k, bid, epsilon);
   }
   return __syncthreads_or(made) != 0;
 }

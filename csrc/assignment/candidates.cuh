@@ -92,10 +92,9 @@ __device__ void store_list(const Costs<T>& costs, const Lists<T>& lists, int row
   share.store(lists, row, lane_id());
 }
 
-// Least reduced cost of a row, and its list under the duals v. By one warp. Rarely called from code
-// whose registers it would take.
+// Least reduced cost of a row, and its list under the duals v. By one warp.
 template <class T>
-__device__ CROC_NOINLINE double list_row(const Costs<T>& costs, const Lists<T>& lists, const double* v, int row) {
+__device__ double list_row(const Costs<T>& costs, const Lists<T>& lists, const double* v, int row) {
   const bool listed = lists.bound != nullptr;
   double least = infinity();
   Nearest nearest = Nearest::none();
@@ -203,10 +202,10 @@ __device__ Glance glance(const State& s, const Share<T>& share, int turn, int m)
   return {found, runner_up, __ballot_sync(kAllLanes, doubtful)};
 }
 
-// What find_bid returns, once the shares in doubt have been read again.
+// What find_bid returns, once the shares in doubt have been read again. Copies of its arguments leave
+// the caller's own in registers.
 template <class T>
-__device__ CROC_NOINLINE Bid bid_in_doubt(const Costs<T>& costs, const Lists<T>& lists,
-                                          const State& s, int row) {
+__device__ CROC_NOINLINE Bid bid_in_doubt(Costs<T> costs, Lists<T> lists, State s, int row) {
   const int turn = rotation(row, costs.m);
   const auto key_of = [&](int column) { return bid_key(s, column, turn, costs.m); };
   const auto column_of = [&](unsigned key) { return unrotated(key & ~kMatched, turn, costs.m); };
@@ -229,19 +228,15 @@ __device__ CROC_NOINLINE Bid bid_in_doubt(const Costs<T>& costs, const Lists<T>&
   }
 }
 
-// The bids of two rows, whose steps the processor can take side by side. `second` may be -1.
+// What find_bid returns, from the row's list. By one warp.
 template <class T>
-__device__ void bids_from_lists(const Costs<T>& costs, const Lists<T>& lists, const State& s,
-                                int first, int second, Bid (&bids)[2]) {
-  const int other = second < 0 ? first : second;
-  Share<T> share, its_share;
-  share.load(lists, first, lane_id());
-  its_share.load(lists, other, lane_id());
-  const int turn = rotation(first, costs.m), its_turn = rotation(other, costs.m);
+__device__ Bid bid_from_list(const Costs<T>& costs, const Lists<T>& lists, const State& s,
+                             int row) {
+  const int turn = rotation(row, costs.m);
+  Share<T> share;
+  share.load(lists, row, lane_id());
   const Glance found = glance(s, share, turn, costs.m);
-  const Glance its = glance(s, its_share, its_turn, costs.m);
-  bids[0] = found.doubts == 0 ? found.bid(turn, costs.m) : bid_in_doubt(costs, lists, s, first);
-  bids[1] = its.doubts == 0 ? its.bid(its_turn, costs.m) : bid_in_doubt(costs, lists, s, other);
+  return found.doubts == 0 ? found.bid(turn, costs.m) : bid_in_doubt(costs, lists, s, row);
 }
 
 }  // namespace croc::gpu
