@@ -1,5 +1,7 @@
 """Two processes have the losses and checkpoints of one process with a batch of the same samples."""
 
+import importlib.util
+import json
 import multiprocessing
 import os
 import shutil
@@ -37,7 +39,7 @@ def run_rank(options: dict, rank: int, port: int) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu",
     }  # fmt: skip
     run_case(options)
 
@@ -48,7 +50,7 @@ def run_two_ranks(options: dict) -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(100)
+        process.join(150)
         process.kill()
     assert [process.exitcode for process in ranks] == [0, 0]
 
@@ -84,6 +86,46 @@ def test_two_ranks_have_the_losses_of_one(more: dict, case: Case, tmp_path: Path
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
         f"checkpoint-{STEPS}", "losses.png", "model",
     ]  # fmt: skip
+
+
+ZERO3 = {
+    "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 0,
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}  # fmt: skip
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="needs deepspeed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed",
+)
+def test_zero3_has_the_losses_of_one_rank_and_goes_on(case: Case, tmp_path: Path) -> None:
+    """DeepSpeed's configuration as the published runs had it; one sample has no image."""
+    write_records(case.data.with_name("mixed.json"), [records()[i] for i in (0, 7, 6, 5) * 2])
+    config = tmp_path / "zero3.json"
+    config.write_text(json.dumps(ZERO3))
+    options = case.options(
+        tmp_path / "one", data=str(case.data.with_name("mixed.json")), max_steps=STEPS,
+        save_steps=1, mask_ratio=1.0, max_grad_norm=0.0, per_device_train_batch_size=4,
+    )  # fmt: skip
+    run_case(options)
+    two = options | {
+        "output": str(tmp_path / "two"), "deepspeed": str(config),
+        "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    run_two_ranks(two)
+    expected, found = losses_saved_in(tmp_path / "one"), losses_saved_in(tmp_path / "two")
+    assert found.keys() == expected.keys() == {1, 2}
+    for step in expected:
+        assert found[step] == pytest.approx(expected[step], rel=1e-5), step
+    resumed = tmp_path / "resumed"
+    shutil.copytree(tmp_path / "two" / "checkpoint-1", resumed / "checkpoint-1")
+    run_two_ranks(two | {"output": str(resumed), "resume": "last"})
+    assert losses_saved_in(resumed)[2] == pytest.approx(found[2], abs=1e-6)
 
 
 def test_two_ranks_go_on_from_a_checkpoint(case: Case, tmp_path: Path) -> None:
