@@ -71,10 +71,13 @@ def _attention_of(configs: list[Any], name: str) -> Iterator[list[str]]:
     masked: list[str] = []
     attention = attention_interface.croc_attention
 
-    def counted(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **more: Any) -> Any:
-        if mask is not None:
+    # Some models name the mask, so its name has to be theirs.
+    def counted(
+        module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **more: Any
+    ) -> Any:
+        if attention_mask is not None:
             masked.append(type(module).__name__)
-        return attention(module, query, key, value, mask, **more)
+        return attention(module, query, key, value, attention_mask, **more)
 
     before = [config._attn_implementation for config in configs]
     precision = torch.get_float32_matmul_precision()

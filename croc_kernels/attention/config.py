@@ -215,13 +215,18 @@ def pick_hopper_forward(
 HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
 
 
-def _backward_section(num_keys: int, group: int, ordered: bool) -> int:
-    """Measured on an H100, docs/attention.md. In order, more heads at a time also wait for more:
-    4 lost 4 % at 8192 keys with shared heads.
+def _backward_section(dim: int, num_keys: int, group: int, ordered: bool) -> int:
+    """Query heads whose tiles are dealt out together. Measured on an H100, docs/attention.md. In
+    order, more heads at a time also wait for more: 4 lost 4 % at 8192 keys with shared heads, 2
+    lost 4 % with D = 256.
     """
+    if ordered and dim == 256:
+        return 1
     if num_keys < HOPPER_LONG[1]:
-        return 8 if ordered else 16
-    return 2 if ordered and (group > 1 or num_keys >= 2 * HOPPER_LONG[1]) else 4
+        return 16
+    if ordered and group > 1:
+        return 2
+    return 8 if ordered and num_keys < 2 * HOPPER_LONG[1] else 4
 
 
 def pick_hopper_backward(
@@ -236,7 +241,7 @@ def pick_hopper_backward(
     tiles = HOPPER_BACKWARD.get(dim)
     if arch != 90 or dtype == torch.float32 or not (plain_scores and aligned and tiles):
         return None
-    return HopperBackwardConfig(*tiles, _backward_section(num_keys, group, ordered))
+    return HopperBackwardConfig(*tiles, _backward_section(dim, num_keys, group, ordered))
 
 
 def tma_aligned(x: Tensor) -> bool:
