@@ -98,14 +98,16 @@ def one_problem(family: str, shape: str, with_lapx: bool) -> list[dict[str, obje
 
 
 def over_threads(batch: int) -> list[dict[str, object]]:
-    """A batch at the start of training on 1 to all cores: wall time, and the threads' own CPU time.
+    """A batch at the start of training on 1, 2, 4 … cores and all of them: wall time, and the
+    threads' own CPU time.
 
     On a machine with other work the wall time says little; CPU time shows whether more threads do
     more work in sum, which is what would keep the speed-up from being the number of threads.
     """
     cost = make_costs("init", batch, 432, 2048)
     rows = []
-    for threads in range(1, (os.cpu_count() or 1) + 1):
+    cores = os.cpu_count() or 1
+    for threads in sorted({cores, *(2**k for k in range(cores.bit_length()))}):
         torch.set_num_threads(threads)
 
         def call() -> object:
