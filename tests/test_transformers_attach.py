@@ -86,7 +86,12 @@ def test_token_types_are_not_needed(name, recipe):
     inputs = zoo.batch(zoo.CASES[name], model)
     without = {n: value for n, value in inputs.items() if not n.endswith("token_type_ids")}
     assert len(without) < len(inputs)
-    assert torch.equal(model(**inputs).loss, model(**without).loss)
+    try:
+        loss = model(**without).loss
+    except ValueError as error:  # Gemma 3 and PaliGemma of some versions, in training
+        assert "token_type_ids` is required" in str(error)
+        pytest.skip(f"transformers itself wants them: {error}")
+    assert torch.equal(model(**inputs).loss, loss)
 
 
 def by_loops(recipe, case, inputs, lengths, window):
