@@ -67,12 +67,10 @@ def _dense(
         )
     visible = mask.to_dense()
     blind = ~visible.any(-1, keepdim=True)
+    # Not enable_gqa: with it and a mask PyTorch writes all scores out.
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (key, value))
     out = functional.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=visible | blind,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, attn_mask=visible | blind, scale=scale
     )
     return out.masked_fill(blind, 0.0)
