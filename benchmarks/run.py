@@ -67,7 +67,9 @@ def gpu_state() -> dict[str, str]:
 
 def machine(device: str) -> dict[str, Any]:
     """Everything a reader needs to judge the numbers."""
-    commit = output_of("git", "rev-parse", "HEAD")
+    # Named from outside where the history that lies here is another one.
+    named = os.environ.get("CROC_COMMIT")
+    commit = None if named else output_of("git", "rev-parse", "HEAD")
     return {
         "device": device,
         "gpu": gpu_state() if device == "cuda" else None,
@@ -77,7 +79,7 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "packages": {p: version_of(p) for p in PACKAGES},
-        "commit": commit or os.environ.get("CROC_COMMIT") or None,
+        "commit": commit or named or None,
         "dirty": bool(output_of("git", "status", "--porcelain")) if commit else None,
     }
 

@@ -178,21 +178,16 @@ def test_gpu_takes_strides_without_a_copy():
 
 @pytest.mark.parametrize("dim", [64, 80])
 def test_gpu_unaligned_rows(dim):
-    """The plain kernel takes them bit for bit as copies; where copies go to another kernel, which
-    adds up in another order, both are held to the reference.
+    """Rows at odd addresses and their aligned copies: other kernels, or the same compiled apart, so
+    both are held to the reference.
     """
     mask = MASKS["visual"](1, 200, "cuda")
     flat = torch.randn(3, 200, 4, dim + 1, device="cuda", dtype=torch.bfloat16)
     views = [x[None, :, :, 1:].transpose(1, 2) for x in flat]
     copies = [x.contiguous() for x in views]
     assert not any(config.tma_aligned(x) for x in views)
-    got = check(run(mask, deterministic=True), *views, mask, 1 / math.sqrt(dim))
-    want = check(run(mask, deterministic=True), *copies, mask, 1 / math.sqrt(dim))
-    taken = config.pick_hopper_forward(
-        config.arch_of(copies[0]), dim, torch.bfloat16, 200, plain_scores=True, aligned=True
-    )
-    if taken is None:
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for rows in (views, copies):
+        check(run(mask, deterministic=True), *rows, mask, 1 / math.sqrt(dim))
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
