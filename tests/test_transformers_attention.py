@@ -96,6 +96,13 @@ def test_text_models_match_eager(name, config, side):
     assert assert_attention_matches_eager(model, {"input_ids": ids, "attention_mask": mask}) < 1e-5
 
 
+@pytest.mark.parametrize("case", cases("qwen3_vl", "gemma3"))
+def test_assert_attention_matches_eager_on_every_model(case):
+    needs(case)
+    model = case.model()
+    assert assert_attention_matches_eager(model, zoo.batch(case, model)) < TOLERANCE
+
+
 def test_assert_attention_matches_eager_tells_a_wrong_mask(monkeypatch):
     model = transformers.LlamaForCausalLM(zoo.llama())
     ids = torch.randint(3, 90, (2, 9))
