@@ -89,7 +89,8 @@ def test_token_types_are_not_needed(name, recipe):
     try:
         loss = model(**without).loss
     except ValueError as error:  # Gemma 3 and PaliGemma of some versions, in training
-        assert "token_type_ids` is required" in str(error)
+        if "token_type_ids` is required" not in str(error):
+            raise
         pytest.skip(f"transformers itself wants them: {error}")
     assert torch.equal(model(**inputs).loss, loss)
 
