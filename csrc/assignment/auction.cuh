@@ -16,7 +16,7 @@ constexpr int kAuctionShare = 8;   // considered when more than n / 8 rows are f
 constexpr int kAuctionLeast = 32;  // and more than this many
 constexpr int kAuctionPhases = 4;  // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
 constexpr int kAuctionRounds =
-    2000;  // per phase and direction; who needs more is better served by paths
+    2000;                       // per phase and direction; who needs more is better served by paths
 constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
 
 struct Offer {
@@ -82,8 +82,8 @@ __device__ void place_offers(const Costs<T>& costs, const State& s, int count, d
   if (parts == 1) return;
   if (warp_id() < count) {
     const int k = warp_id();
-    const Offer mine = lane_id() < parts ? offers[k * parts + lane_id()]
-                                         : Offer{infinity(), infinity(), -1};
+    const Offer mine =
+        lane_id() < parts ? offers[k * parts + lane_id()] : Offer{infinity(), infinity(), -1};
     const Offer offer = warp_offer(mine.least, mine.second, static_cast<unsigned>(mine.row));
     if (lane_id() == 0) place(k, offer);
   }

@@ -16,7 +16,7 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
   const auto key_of = [&](int column) { return bid_key(s, column, turn, costs.m); };
   double least = infinity(), second = infinity();
   int column = -1;
-  for_row(costs, row, [&](int first, const T (&x)[4]) {
+  for_row(costs, row, [&](int first, const T(&x)[4]) {
     double v[4];
     four(s.v, first, v);
 #pragma unroll
@@ -64,8 +64,8 @@ __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const S
   bool made = false;
   for (int k = warp_id(); k < num_free; k += warp_count()) {
     const int row = s.list[k];
-    const Bid bid = lists.bound != nullptr ? bid_from_list(costs, lists, s, row)
-                                           : find_bid(costs, s, row);
+    const Bid bid =
+        lists.bound != nullptr ? bid_from_list(costs, lists, s, row) : find_bid(costs, s, row);
     if (lane_id() == 0) made |= place_bid(s, k, bid, epsilon);
   }
   return __syncthreads_or(made) != 0;

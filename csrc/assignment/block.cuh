@@ -128,8 +128,9 @@ __device__ int block_collect(int count, int* list, int room, Keep keep) {
     if (lane_id() == 0) slots[turn & 1][warp_id()] = of_warp;
     __syncthreads();
     const int here = lane_id() < warp_count() ? slots[turn & 1][lane_id()] : 0;
-    int place = total + before + __reduce_add_sync(kAllLanes, static_cast<unsigned>(
-                                     lane_id() < warp_id() ? here : 0));
+    int place =
+        total + before +
+        __reduce_add_sync(kAllLanes, static_cast<unsigned>(lane_id() < warp_id() ? here : 0));
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       if (kept[k] && place < room) list[place] = first + k;

@@ -85,8 +85,8 @@ __device__ void store_list(const Costs<T>& costs, const Lists<T>& lists, int row
 #pragma unroll
   for (int k = 0; k < kListed; ++k) {
     share.column[k] = nearest.column[k];
-    share.cost[k] = static_cast<T>(nearest.column[k] < 0 ? infinity()
-                                                         : costs.at(row, nearest.column[k]));
+    share.cost[k] =
+        static_cast<T>(nearest.column[k] < 0 ? infinity() : costs.at(row, nearest.column[k]));
   }
   share.bound = nearest.bound;
   share.store(lists, row, lane_id());
@@ -98,7 +98,7 @@ __device__ double list_row(const Costs<T>& costs, const Lists<T>& lists, const d
   const bool listed = lists.bound != nullptr;
   double least = infinity();
   Nearest nearest = Nearest::none();
-  for_row(costs, row, [&](int first, const T (&x)[4]) {
+  for_row(costs, row, [&](int first, const T(&x)[4]) {
     double its_v[4];
     four(v, first, its_v);
 #pragma unroll
@@ -159,8 +159,8 @@ __device__ void refill(const Costs<T>& costs, const Lists<T>& lists, const doubl
   share.store(lists, row, lane);
 }
 
-// What a row's list says: its best entry, the value of the second best, and the lanes in whose share
-// something better could be that is not listed. By one warp.
+// What a row's list says: its best entry, the value of the second best, and the lanes in whose
+// share something better could be that is not listed. By one warp.
 struct Glance {
   Least found;
   uint64_t runner_up;
@@ -196,14 +196,13 @@ __device__ Glance glance(const State& s, const Share<T>& share, int turn, int m)
   const Least found = warp_least(least);
   const uint64_t runner_up = warp_min(found.key == least.key ? second.value : least.value);
   const uint64_t bound = ordered(static_cast<double>(share.bound));
-  const bool doubtful =
-      share.bound < infinity() &&
-      (bound < runner_up || (bound <= found.value && (found.key & kMatched)));
+  const bool doubtful = share.bound < infinity() &&
+                        (bound < runner_up || (bound <= found.value && (found.key & kMatched)));
   return {found, runner_up, __ballot_sync(kAllLanes, doubtful)};
 }
 
-// What find_bid returns, once the shares in doubt have been read again. Copies of its arguments leave
-// the caller's own in registers.
+// What find_bid returns, once the shares in doubt have been read again. Copies of its arguments
+// leave the caller's own in registers.
 template <class T>
 __device__ CROC_NOINLINE Bid bid_in_doubt(Costs<T> costs, Lists<T> lists, State s, int row) {
   const int turn = rotation(row, costs.m);

@@ -18,7 +18,7 @@ __global__ void measure_slack(Arguments a) {
   const int row = row_of_warp();
   if (row >= p.n || p.failed()) return;
   double least = infinity();
-  for_row(p.costs, row, [&](int first, const T (&x)[4]) {
+  for_row(p.costs, row, [&](int first, const T(&x)[4]) {
     double v[4];
     four(p.work.v, first, v);
 #pragma unroll

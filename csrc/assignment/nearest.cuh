@@ -23,7 +23,7 @@ __global__ void nearest_columns(Arguments a) {
   unsigned key = ~0u, hash = 0;
   const bool listed = p.listed();
   Nearest nearest = Nearest::none();
-  for_row(p.costs, row, [&](int first, const T (&x)[4]) {
+  for_row(p.costs, row, [&](int first, const T(&x)[4]) {
     double v[4];
     four(p.work.v, first, v);
 #pragma unroll
@@ -62,7 +62,7 @@ __global__ void find_twins(Arguments a) {
   twin = __reduce_min_sync(kAllLanes, twin);
   if (twin != static_cast<unsigned>(row)) {  // equal hashes prove nothing
     int differs = 0;
-    for_row(p.costs, row, [&](int first, const T (&x)[4]) {
+    for_row(p.costs, row, [&](int first, const T(&x)[4]) {
       T y[4];
       p.costs.four(static_cast<int>(twin), first, y);
 #pragma unroll

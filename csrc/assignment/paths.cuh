@@ -1,5 +1,5 @@
-// What a shortest path (for a row that bidding left free) or a release (of a column that kept a price)
-// does to the matching once search.cuh has found it.
+// What a shortest path (for a row that bidding left free) or a release (of a column that kept a
+// price) does to the matching once search.cuh has found it.
 #pragma once
 
 #include "auction.cuh"
@@ -9,8 +9,8 @@ namespace croc::gpu {
 constexpr int kPathThreads = 512;
 
 struct PathEnd {
-  int column;       // unmatched; -1: no column can be reached
-  double distance;  // from the source
+  int column;        // unmatched; -1: no column can be reached
+  double distance;   // from the source
   int reads, steps;  // rows read, in how many steps
 };
 

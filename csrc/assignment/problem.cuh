@@ -136,17 +136,18 @@ struct State {
 // Candidates of every row, see candidates.cuh.
 template <class T>
 struct Lists {
-  T* cost;      // (n, kWarp, kListed)
-  int* column;  // the same
+  T* cost;       // (n, kWarp, kListed)
+  int* column;   // the same
   float* bound;  // (n, kWarp)
 };
 
 struct Workspace {
   Scalars* scalars;
-  double* v;           // (padded m) column duals, 0 beyond the last column
-  double* u;           // (n) row duals; row minima
-  void* potential;     // (padded m) column means, then Sinkhorn potentials, in the costs' type
-  double* row_value;   // (n) what the start gains in a row of the sample; Sinkhorn potentials; slacks
+  double* v;        // (padded m) column duals, 0 beyond the last column
+  double* u;        // (n) row duals; row minima
+  void* potential;  // (padded m) column means, then Sinkhorn potentials, in the costs' type
+  double*
+      row_value;  // (n) what the start gains in a row of the sample; Sinkhorn potentials; slacks
   float* row_spread;   // (n) distance from the least to about the ninth reduced cost, under the
                        // duals from the means
   float* cost_spread;  // (n) the same under zero duals

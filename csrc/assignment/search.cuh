@@ -1,9 +1,9 @@
 // Shortest paths over reduced costs, by a block. Every thread owns the same nodes throughout, and
 // several nodes are read per step.
 //
-// Dijkstra's algorithm reads the nearest node only. Here further near ones are read with it, each the
-// nearest of its warp; one that comes nearer later is read again. Distances only fall, so the search
-// ends with the same ones, in practice after a third or a quarter of the steps.
+// Dijkstra's algorithm reads the nearest node only. Here further near ones are read with it, each
+// the nearest of its warp; one that comes nearer later is read again. Distances only fall, so the
+// search ends with the same ones, in practice after a third or a quarter of the steps.
 //
 // A step is bound by the instructions of all threads, so nearly all costs are dismissed by one
 // addition and one comparison in the costs' own type, rounded so that none is dismissed wrongly.
@@ -21,12 +21,12 @@ __device__ inline double rounded_up(double, double x) { return x; }
 __device__ inline float sum_down(float sign, float x, float y) { return __fmaf_rd(sign, x, y); }
 __device__ inline double sum_down(double sign, double x, double y) { return __fma_rd(sign, x, y); }
 
-// A thread's nodes, kGroups fours of them, of each a limit and a key. A node comes nearer only where
-// base + cost, rounded down, is not above its limit. The key is a lower bound of its distance while it
-// waits to be read, else +inf.
+// A thread's nodes, kGroups fours of them, of each a limit and a key. A node comes nearer only
+// where base + cost, rounded down, is not above its limit. The key is a lower bound of its distance
+// while it waits to be read, else +inf.
 template <class T, int kGroups>
 struct Nodes {
-  static constexpr int kAtOnce = kGroups <= 2 ? 4 : 1;  // nodes read per step: registers
+  static constexpr int kAtOnce = kGroups == 1 ? 4 : 1;  // nodes read per step: registers
   T limits[kGroups][4];
   float keys[kGroups][4];
 
@@ -151,6 +151,16 @@ struct Waiting {
   int node;
 };
 
+// What the warps tell each other, in turns. One for all searches of a kernel.
+struct SearchSlots {
+  Waiting nearest[2][kWarp];
+  uint64_t bounds[2][kWarp];
+};
+__device__ inline SearchSlots& search_slots() {
+  __shared__ SearchSlots slots;
+  return slots;
+}
+
 // Nodes to be read in one step.
 template <int kAtOnce>
 struct Front {
@@ -169,9 +179,9 @@ __device__ unsigned promising(const Nodes& nodes, int g, T sign, T base, const T
   return found;
 }
 
-// A path through `from`, which is at distance `start`, to this thread's node (g, k), if it is shorter
-// than `bound`; returns the end it leads to. It is never shorter than its first part, whatever is
-// rounded, so the predecessors never form a circle.
+// A path through `from`, which is at distance `start`, to this thread's node (g, k), if it is
+// shorter than `bound`; returns the end it leads to. It is never shorter than its first part,
+// whatever is rounded, so the predecessors never form a circle.
 template <class Nodes, class Graph>
 __device__ double reach(const Graph& graph, Nodes& nodes, int g, int k, int from, double start,
                         double bound) {
@@ -209,8 +219,8 @@ __device__ Waiting nearest_node(const Graph& graph, const Nodes& nodes) {
   return {0.0, __float_as_uint(least), node};
 }
 
-// The least keys of the warps, up to kAtOnce of them, which is nearly the order of the distances. Every
-// warp does the same. False: none is waiting below the bound.
+// The least keys of the warps, up to kAtOnce of them, which is nearly the order of the distances.
+// Every warp does the same. False: none is waiting below the bound.
 template <class Nodes, class Graph, int kAtOnce>
 __device__ bool choose_front(const Graph& graph, Nodes& nodes, const Waiting* of_warps,
                              double bound, Front<kAtOnce>& front) {
@@ -276,8 +286,8 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
 #pragma unroll
       for (int other = 1; other < kAtOnce; ++other)
         if (w == other) from = front.from[other], start = front.distance[other];
-      lowest = lesser(lowest, reach(graph, nodes, place / 4 % kGroups, place % 4, from, start,
-                                    lowest));
+      lowest =
+          lesser(lowest, reach(graph, nodes, place / 4 % kGroups, place % 4, from, start, lowest));
     }
     return lowest;
   }
@@ -287,8 +297,7 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
 // the node before each in s.path. One barrier per step.
 template <class T, int kGroups, class Graph>
 __device__ Found search(const Graph& graph, int source, double bound) {
-  __shared__ Waiting nearest[2][kWarp];
-  __shared__ uint64_t bounds[2][kWarp];
+  SearchSlots& slots = search_slots();
   const State& s = graph.s;
   Nodes<T, kGroups> nodes(s, graph.count());
 #pragma unroll
@@ -314,8 +323,9 @@ __device__ Found search(const Graph& graph, int source, double bound) {
 #pragma unroll
         for (int k = 0; k < 4; ++k)
           if (graph.node(g, k) < graph.count())
-            nodes.set_limit(g, k, lesser(static_cast<double>(nodes.limit(g, k)),
-                                         lowest + graph.dual(graph.node(g, k))));
+            nodes.set_limit(g, k,
+                            lesser(static_cast<double>(nodes.limit(g, k)),
+                                   lowest + graph.dual(graph.node(g, k))));
       }
     }
     lowest = read_front(graph, nodes, front, lowest);
@@ -325,17 +335,17 @@ __device__ Found search(const Graph& graph, int source, double bound) {
     const unsigned votes = __ballot_sync(kAllLanes, mine.key == least);
     if (lane_id() == __ffs(static_cast<int>(votes)) - 1) {
       const double distance = mine.node < graph.count() ? s.reach[mine.node] : infinity();
-      nearest[turn][warp_id()] = {distance, mine.key, mine.node};
+      slots.nearest[turn][warp_id()] = {distance, mine.key, mine.node};
     }
     uint64_t of_warp = ordered(found.bound);
     if (__any_sync(kAllLanes, lowest < found.bound)) of_warp = warp_min(ordered(lowest));
-    if (lane_id() == 0) bounds[turn][warp_id()] = of_warp;
+    if (lane_id() == 0) slots.bounds[turn][warp_id()] = of_warp;
     found.reads += front.count;
     ++found.steps;
     __syncthreads();
     lowest = from_ordered(
-        warp_min(lane_id() < warp_count() ? bounds[turn][lane_id()] : ~uint64_t{0}));
-  } while (choose_front(graph, nodes, nearest[(found.steps - 1) & 1], lowest, front));
+        warp_min(lane_id() < warp_count() ? slots.bounds[turn][lane_id()] : ~uint64_t{0}));
+  } while (choose_front(graph, nodes, slots.nearest[(found.steps - 1) & 1], lowest, front));
   found.bound = lowest;
   Least end = Least::none();
   for (int g = nodes.groups() - 1; g >= 0 && found.bound < bound; --g) {
@@ -352,8 +362,7 @@ __device__ Found search(const Graph& graph, int source, double bound) {
 
 template <class T, int kGroups, bool kVectors>
 __device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, int source) {
-  const Found found =
-      search<T, kGroups>(RowGraph<T, kVectors>{costs, s}, source, infinity());
+  const Found found = search<T, kGroups>(RowGraph<T, kVectors>{costs, s}, source, infinity());
   return {found.node, found.bound, found.reads, found.steps};
 }
 
@@ -370,7 +379,8 @@ __device__ void augment(const Costs<T>& costs, const State& s, int source, PathE
   flip_path(s, source, end);
 }
 
-// From a column that is unmatched with a negative dual, until no column closer to zero can be found.
+// From a column that is unmatched with a negative dual, until no column closer to zero can be
+// found.
 template <class T, int kGroups>
 __device__ Release shortest_release(const Costs<T>& costs, const State& s, int source) {
   const Found found = search<T, kGroups>(ColumnGraph<T>{costs, s}, source, -s.v[source]);

@@ -8,8 +8,6 @@
 
 namespace croc::gpu {
 
-constexpr int path_threads(int groups) { return groups == 2 ? 256 : kPathThreads; }
-
 // One shortest path per row of the list; false if there is none for a row.
 template <class T, int kGroups, bool kVectors>
 __device__ bool match_listed(const Problem<T>& p, const State& s, int num_free) {
@@ -30,7 +28,7 @@ __device__ bool match_listed(const Problem<T>& p, const State& s, int num_free) 
 
 // Grid (batch): one shortest path per row that is still free.
 template <class T, int kGroups>
-__global__ void __launch_bounds__(path_threads(kGroups), 1) match_rows(Arguments a) {
+__global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<T> p(a);
   if (p.failed() || p.n == 0) return;
@@ -63,7 +61,7 @@ __global__ void raise_columns(Arguments a) {
   if (!__syncthreads_or(mine)) return;
   __shared__ double rooms[kStripeThreads / kWarp][kStripe];
   double room[4] = {infinity(), infinity(), infinity(), infinity()};
-  for_stripe(p.costs, stripe_first(), [&](int row, const T (&x)[4]) {
+  for_stripe(p.costs, stripe_first(), [&](int row, const T(&x)[4]) {
     const double u = p.work.u[row];
 #pragma unroll
     for (int k = 0; k < 4; ++k) room[k] = lesser(room[k], static_cast<double>(x[k]) - u);
@@ -79,7 +77,7 @@ __global__ void raise_columns(Arguments a) {
 
 // Grid (batch).
 template <class T, int kGroups>
-__global__ void __launch_bounds__(path_threads(kGroups), 1) release_columns(Arguments a) {
+__global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<T> p(a);
   if (p.failed() || p.n == 0 || !p.scalars().raised) return;

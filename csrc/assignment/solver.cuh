@@ -31,20 +31,20 @@ struct Plan {
   int64_t bid_shared;   // bytes of shared memory for bidding; 0: its state is in the workspace
   int64_t path_shared;  // and for the paths
   int path_threads;
-  int groups;  // of 4 columns per thread in registers: kFewGroups or 4; 0: any number, in memory
+  int groups;  // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
 };
 
-constexpr int kFewGroups = 1;  // for up to 2048 columns
+// Most bytes of shared memory that a kernel declares itself: the slots of searches and reductions.
+constexpr int kStaticShared = 6 * 1024;
 
 inline Plan make_plan(int max_n, int max_m, int shared_limit) {
-  const int64_t limit = shared_limit - 2048;  // the rest is for the reductions
+  const int64_t limit = shared_limit - kStaticShared;
   State s;
   Plan plan{};
   plan.bid_shared = s.carve_for_bidding(nullptr, max_n, max_m);
   if (plan.bid_shared > limit) plan.bid_shared = 0;
-  plan.groups = max_m <= 2048 ? kFewGroups : max_m <= 16 * kPathThreads ? 4 : 0;
-  plan.path_threads = threads_for(plan.groups > 0 ? ceil_div(max_m, 4 * plan.groups) : kPathThreads,
-                                  path_threads(plan.groups));
+  plan.groups = max_m <= 4 * kPathThreads ? 1 : max_m <= 16 * kPathThreads ? 4 : 0;
+  plan.path_threads = threads_for(ceil_div(max_m, 4), kPathThreads);
   plan.path_shared = s.carve_for_paths(nullptr, max_n, max_m, plan.groups);
   if (plan.path_shared > limit) plan.path_shared = 0;
   return plan;
@@ -88,7 +88,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(column_means<T>, stripes, stripe_threads, 0, a);
     launch(start_from_means<T>, problems, problem_threads, 0, a);
     const int sample = a.max_n() < kSampledRows ? a.max_n() : kSampledRows;
-    launch(compare_rows<T>, dim3(a.batch, ceil_div(sample, kRowThreads / kWarp)), kRowThreads, 0, a);
+    launch(compare_rows<T>, dim3(a.batch, ceil_div(sample, kRowThreads / kWarp)), kRowThreads, 0,
+           a);
     launch(choose_start<T>, problems, problem_threads, 0, a);
     for (int step = 0; step < kSinkhornSteps; ++step) {
       launch(sinkhorn_rows<T>, rows_and_slack, kRowThreads, 0, a);
@@ -100,8 +101,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     const int bid_threads = threads_for(ceil_div(a.max_m(), 4), kBidThreads);
     launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>, problems, bid_threads,
            plan.bid_shared, a);
-    if (plan.groups == kFewGroups)
-      finish<T, kFewGroups>(launch, a, plan, stripes, stripe_threads);
+    if (plan.groups == 1)
+      finish<T, 1>(launch, a, plan, stripes, stripe_threads);
     else if (plan.groups == 4)
       finish<T, 4>(launch, a, plan, stripes, stripe_threads);
     else

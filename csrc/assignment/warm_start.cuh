@@ -125,7 +125,8 @@ struct Exponents<float> {
     const unsigned bits = __float_as_uint(x) & 0x7fffffffu;
     const unsigned exponent = bits >> 23;
     const unsigned mantissa = (bits & 0x7fffffu) | (exponent > 0 ? 1u << 23 : 0u);
-    const int its_low = static_cast<int>(max(exponent, 1u)) - 151 + __ffs(static_cast<int>(mantissa));
+    const int its_low =
+        static_cast<int>(max(exponent, 1u)) - 151 + __ffs(static_cast<int>(mantissa));
     low = bits == 0 ? low : min(low, its_low);
     largest = max(largest, bits);
   }
@@ -163,7 +164,7 @@ __global__ void column_means(Arguments a) {
   int count[4] = {0, 0, 0, 0};
   int invalid = 0;
   Exponents<T> exponents;
-  for_stripe(p.costs, stripe_first(), [&](int, const T (&x)[4]) {
+  for_stripe(p.costs, stripe_first(), [&](int, const T(&x)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const bool finite = x[k] - x[k] == 0;
@@ -243,14 +244,15 @@ __device__ inline int sampled_row(int k, int n) {
   return n <= kSampledRows ? k : static_cast<int>(static_cast<int64_t>(k) * n / kSampledRows);
 }
 
-// Grid (batch, sampled rows / warps): row minima under both starts, and how far the next columns lie.
+// Grid (batch, sampled rows / warps): row minima under both starts, and how far the next columns
+// lie.
 template <class T>
 __global__ void compare_rows(Arguments a) {
   const Problem<T> p(a);
   const int k = row_of_warp();
   if (k >= min(p.n, kSampledRows) || p.failed()) return;
   double least = infinity(), least_cost = infinity();
-  for_row(p.costs, sampled_row(k, p.n), [&](int first, const T (&x)[4]) {
+  for_row(p.costs, sampled_row(k, p.n), [&](int first, const T(&x)[4]) {
     double v[4];
     four(p.work.v, first, v);
 #pragma unroll
@@ -321,7 +323,7 @@ __global__ void sinkhorn_rows(Arguments a) {
   }
   const int row = row_of_warp();
   if (row >= p.n) return;
-  for_row(p.costs, row, [&](int first, const T (&x)[4]) {
+  for_row(p.costs, row, [&](int first, const T(&x)[4]) {
     T z[4];
     four(potential, first, z);  // beyond the last column x is +inf
 #pragma unroll
@@ -332,8 +334,8 @@ __global__ void sinkhorn_rows(Arguments a) {
   if (lane_id() == 0) p.work.row_value[row] = -sum.value(temperature);
 }
 
-// Grid (batch, stripes): column potentials. With those of the rows just made from them, no exponent is
-// positive; columns that no row could want much are wanted as much as a float shows.
+// Grid (batch, stripes): column potentials. With those of the rows just made from them, no exponent
+// is positive; columns that no row could want much are wanted as much as a float shows.
 template <class T>
 __global__ void sinkhorn_columns(Arguments a) {
   const Problem<T> p(a);
@@ -345,7 +347,7 @@ __global__ void sinkhorn_columns(Arguments a) {
   float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   T before[4] = {0, 0, 0, 0};
   if (stripe_first() < p.m) four(p.potential(), stripe_first(), before);
-  for_stripe(p.costs, stripe_first(), [&](int row, const T (&x)[4]) {
+  for_stripe(p.costs, stripe_first(), [&](int row, const T(&x)[4]) {
     const T f = static_cast<T>(p.work.row_value[row]);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
@@ -357,7 +359,8 @@ __global__ void sinkhorn_columns(Arguments a) {
   const int column = stripe_start() + static_cast<int>(threadIdx.x);
   if (threadIdx.x < kStripe && column < p.m) {
     const double old = static_cast<double>(p.potential()[column]);
-    float total = p.m > p.n ? __expf(static_cast<float>((p.scalars().slack + old) / temperature)) : 0.0f;
+    float total =
+        p.m > p.n ? __expf(static_cast<float>((p.scalars().slack + old) / temperature)) : 0.0f;
     for (int w = 0; w < warp_count(); ++w) total += sums[w][threadIdx.x];
     p.potential()[column] =
         static_cast<T>(old - temperature * static_cast<double>(__logf(fmaxf(total, 1e-37f))));
