@@ -5,6 +5,7 @@ pool row is a random vector of norm about sqrt(C) and every token has norm 1: a 
 the pool row plus little, so all rows want the same columns. Later the pool is near the tokens.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ class Case:
 
     rng: np.random.Generator
     """Of this problem alone: a problem is the same whatever the batch around it."""
-    pool_rng: np.random.Generator
+    pool_seed: tuple[int, int]
     """The same for all problems: they share a pool, as the images of a training step do."""
     n: int
     m: int
@@ -58,17 +59,42 @@ def _tokens(case: Case, noise: float) -> np.ndarray:
     return _near(case.rng, centres, case.rng.choice(CLUSTERS, case.n, p=share), noise)
 
 
-def _trained_rows(case: Case, count: int, noise: float, norm_noise: float) -> np.ndarray:
+def _trained_rows(
+    rng: np.random.Generator, count: int, dim: int, noise: float, norm_noise: float
+) -> np.ndarray:
     """Pool rows that have come near the clusters, with norms about 1."""
-    centres = _unit(_normal(np.random.default_rng(17), CLUSTERS, case.dim))
-    pick = case.pool_rng.integers(0, CLUSTERS, count)
-    norms = 1 + norm_noise * _normal(case.pool_rng, count, 1)
-    return _near(case.pool_rng, centres, pick, noise) * norms
+    centres = _unit(_normal(np.random.default_rng(17), CLUSTERS, dim))
+    pick = rng.integers(0, CLUSTERS, count)
+    norms = 1 + norm_noise * _normal(rng, count, 1)
+    return _near(rng, centres, pick, noise) * norms
+
+
+# A pool takes longer to draw than the tokens of many problems.
+@functools.lru_cache(maxsize=1)
+def _random_pool(seed: tuple[int, int], m: int, dim: int) -> np.ndarray:
+    return _normal(np.random.default_rng(seed), m, dim)
+
+
+@functools.lru_cache(maxsize=1)
+def _trained_pool(
+    seed: tuple[int, int], m: int, dim: int, noise: float, norm_noise: float
+) -> np.ndarray:
+    return _trained_rows(np.random.default_rng(seed), m, dim, noise, norm_noise)
+
+
+@functools.lru_cache(maxsize=1)
+def _skew_pool(seed: tuple[int, int], m: int, dim: int) -> np.ndarray:
+    """A quarter of the pool has been trained, the rest is as it was: two scales."""
+    rng = np.random.default_rng(seed)
+    pool = _normal(rng, m, dim)
+    quarter = m // 4
+    pool[:quarter] = _trained_rows(rng, quarter, dim, 0.6, 0.05)
+    return pool
 
 
 def _init(noise: float) -> Callable[[Case], Tensor]:
     def make(case: Case) -> Tensor:
-        pool = _normal(case.pool_rng, case.m, case.dim)
+        pool = _random_pool(case.pool_seed, case.m, case.dim)
         return _distances(_tokens(case, noise), pool, case.device)
 
     return make
@@ -76,17 +102,14 @@ def _init(noise: float) -> Callable[[Case], Tensor]:
 
 def _trained(noise: float, norm_noise: float) -> Callable[[Case], Tensor]:
     def make(case: Case) -> Tensor:
-        pool = _trained_rows(case, case.m, noise, norm_noise)
+        pool = _trained_pool(case.pool_seed, case.m, case.dim, noise, norm_noise)
         return _distances(_tokens(case, noise), pool, case.device)
 
     return make
 
 
 def _trained_skew(case: Case) -> Tensor:
-    """A quarter of the pool has been trained, the rest is as it was: two scales."""
-    pool = _normal(case.pool_rng, case.m, case.dim)
-    quarter = case.m // 4
-    pool[:quarter] = _trained_rows(case, quarter, 0.6, 0.05)
+    pool = _skew_pool(case.pool_seed, case.m, case.dim)
     return _distances(_tokens(case, 0.6), pool, case.device)
 
 
@@ -125,7 +148,7 @@ def _pictures(case: Case) -> Tensor:
     chosen = case.rng.permutation(len(patches))[: case.n]
     projection = _normal(np.random.default_rng(23), patches.shape[1], case.dim)
     tokens = _unit((patches[np.sort(chosen)] - 0.5) @ projection + 1e-3)
-    return _distances(tokens, _normal(case.pool_rng, case.m, case.dim), case.device)
+    return _distances(tokens, _random_pool(case.pool_seed, case.m, case.dim), case.device)
 
 
 def _plain(make: Callable[[np.random.Generator, int, int], np.ndarray]) -> Callable[[Case], Tensor]:
@@ -208,8 +231,6 @@ def make_costs(
     where = torch.device(device)
     costs = torch.empty((batch, n, m), device=where)
     for b in range(batch):
-        case = Case(
-            np.random.default_rng((seed, 1, b)), np.random.default_rng((seed, 0)), n, m, dim, where
-        )
+        case = Case(np.random.default_rng((seed, 1, b)), (seed, 0), n, m, dim, where)
         costs[b] = FAMILIES[family](case)
     return costs
