@@ -97,7 +97,7 @@ struct State {
   int* twin;      // (n) the first row with the same costs
   int* waiting;   // (m) columns to release
   double* reach;  // (m) distances from the source
-  void* limit;    // of nodes, see search.cuh, in the costs' type or a wider one,
+  void* limit;    // of nodes, see graphs.cuh, in the costs' type or a wider one,
   float* key;     // and their keys: only without groups, else in registers
 
   __host__ __device__ int64_t carve_for_bidding(unsigned char* base, int n, int m) {
