@@ -240,7 +240,7 @@ def test_emulated_batch_does_not_matter() -> None:
 @pytest.mark.parametrize("family", ["two_scales", "product"])
 def test_emulated_auction(family: str) -> None:
     """Families whose rows keep competing reach the auction, and come out exact."""
-    solution = solve_and_check(make(family, 120, 240, 0)[None], seeds=(0, 3))
+    solution = solve_and_check(make(family, 200, 400, 0)[None], seeds=(0, 3))
     assert solution.counters[0]["reverse_rounds"] > 0
 
 

@@ -12,7 +12,7 @@ constexpr int kBidThreads = 512;
 constexpr int kEnoughFree = 8;     // one row less costs bidding more than a path of its own
 constexpr int kFirstRounds = 40;   // before the auction is considered
 constexpr int kMoreRounds = 40;    // where it is not needed
-constexpr int kAuctionShare = 8;   // considered when more than n / 8 rows are free
+constexpr int kAuctionShare = 3;   // considered when more than n / 3 rows are free
 constexpr int kAuctionLeast = 32;  // and more than this many
 constexpr int kAuctionPhases = 4;  // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
 constexpr int kAuctionRounds =

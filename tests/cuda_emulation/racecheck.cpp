@@ -71,7 +71,7 @@ int main(int argc, char**) {
     ok = run("product", 40, 60, limit, most) && ok;
     ok = run("uniform", 50, 20, limit, most) && ok;
   }
-  ok = run("product", 120, 240, 227 * 1024, most) && ok;  // the auction
+  ok = run("product", 200, 400, 227 * 1024, most) && ok;  // the auction
   for (int count : most) ok = count > 0 && ok;            // every phase was reached
   std::puts(ok ? "ok" : "failed");
   return ok ? 0 : 1;
