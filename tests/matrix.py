@@ -2,7 +2,7 @@
 
 ::
 
-    python tests/matrix.py                  # all versions, one after the other, about 20 minutes
+    python tests/matrix.py                  # all versions, one after the other, 25 minutes
     python tests/matrix.py 5.3.0 -- -k gemma3
 
 Each version goes into a folder of its own under ``build/matrix``, with ``huggingface_hub`` and
