@@ -143,11 +143,10 @@ struct Lists {
 
 struct Workspace {
   Scalars* scalars;
-  double* v;        // (padded m) column duals, 0 beyond the last column
-  double* u;        // (n) row duals; row minima
-  void* potential;  // (padded m) column means, then Sinkhorn potentials, in the costs' type
-  double*
-      row_value;  // (n) what the start gains in a row of the sample; Sinkhorn potentials; slacks
+  double* v;           // (padded m) column duals, 0 beyond the last column
+  double* u;           // (n) row duals; row minima
+  void* potential;     // (padded m) column means, then Sinkhorn potentials, in the costs' type
+  double* row_value;   // (n) gain of the start in a sampled row; Sinkhorn potentials; slacks
   float* row_spread;   // (n) distance from the least to about the ninth reduced cost, under the
                        // duals from the means
   float* cost_spread;  // (n) the same under zero duals
@@ -208,21 +207,16 @@ struct Costs {
 
   // Columns first..first+3 of a row; +inf beyond the last one.
   __device__ void four(int row, int first, T (&out)[4]) const {
-    raw_four(row, first, out);
+    const T* p = base + row * row_stride;
+    if (vectors && first < m)
+      load_vector(p + first, out);
+    else
+      load_each(p, first, out);
     apply_sign(out);
   }
 
-  // The same before the sign is applied, which waits for the load: several loads can be under way.
-  __device__ void raw_four(int row, int first, T (&out)[4]) const {
-    const T* p = base + row * row_stride;
-    if (vectors) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) out[k] = sign * static_cast<T>(infinity());
-      if (first < m) load_vector(p + first, out);
-    } else {
-      load_each(p, first, out);
-    }
-  }
+  // The loads below leave the sign to their caller: applied in the branch that chose a load, it
+  // waits for that load, and the next one waits for it.
   __device__ void apply_sign(T (&x)[4]) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) x[k] *= sign;
