@@ -8,12 +8,6 @@
 
 namespace croc::gpu {
 
-constexpr int kBidThreads = 512;
-constexpr int kEnoughFree = 8;     // one row less costs bidding more than a path of its own
-constexpr int kFirstRounds = 40;   // before the auction is considered
-constexpr int kMoreRounds = 40;    // where it is not needed
-constexpr int kAuctionShare = 3;   // considered when more than n / 3 rows are free
-constexpr int kAuctionLeast = 32;  // and more than this many
 constexpr int kAuctionPhases = 4;  // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
 constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
@@ -120,20 +114,33 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
   __syncthreads();
 }
 
+// One round of the listed columns.
+template <class T>
+__device__ void bid_columns_once(const Costs<T>& costs, const State& s, int priced,
+                                 double epsilon) {
+  place_offers(costs, s, priced, epsilon);
+  accept_offers(costs, s, priced);
+}
+
+// Lists the unmatched columns with a negative dual, as far as there is room; returns how many.
+template <class T>
+__device__ int collect_priced(const Costs<T>& costs, const State& s) {
+  return block_collect(costs.m, s.list, costs.n,
+                       [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
+}
+
 // Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row
 // must be matched.
 template <class T>
-__device__ bool bid_columns(const Costs<T>& costs, const State& s, double epsilon, int* counters) {
+__device__ bool bid_columns(const Problem<T>& p, const State& s, double epsilon) {
   int bids = 0;
   for (int round = 0; round < kAuctionRounds && (round < kPatience || bids > 2 * round); ++round) {
-    const int count = block_collect(costs.m, s.list, costs.n,
-                                    [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
-    if (count == 0) return true;
-    ++counters[kReverseRounds];
-    counters[kReverseBids] += count;
-    bids += count;
-    place_offers(costs, s, count, epsilon);
-    accept_offers(costs, s, count);
+    const int priced = collect_priced(p.costs, s);
+    if (priced == 0) return true;
+    count(p.scalars(), kReverseRounds, 1);
+    count(p.scalars(), kReverseBids, priced);
+    bids += priced;
+    bid_columns_once(p.costs, s, priced, epsilon);
   }
   return false;
 }
@@ -146,8 +153,10 @@ __device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, c
   for (int row = warp_id(); row < costs.n; row += warp_count()) {
     const int column = s.column_of[row];
     const double least = list_row(costs, lists, s.v, row);
-    if (lane_id() == 0 && column >= 0)
-      s.target[row] = (costs.at(row, column) - s.v[column]) - least > epsilon;
+    if (lane_id() != 0) continue;
+    const double its = column < 0 ? infinity() : costs.at(row, column) - s.v[column];
+    s.target[row] = its - least > epsilon;
+    s.u[row] = its - least > epsilon ? least : its;
   }
   __syncthreads();
   for (int row = threadIdx.x; row < costs.n; row += blockDim.x) {
@@ -159,41 +168,15 @@ __device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, c
   __syncthreads();
 }
 
-// All bidding. Returns the number of rows left free, listed in s.list.
 template <class T>
-__device__ int bid_all(const Costs<T>& costs, const Lists<T>& lists, const State& s,
-                       const Scalars& scalars, int* counters) {
-  int num_free = bid(costs, lists, s, 0.0, kFirstRounds, kEnoughFree, counters);
-  if (num_free > kAuctionLeast && num_free > costs.n / kAuctionShare &&
-      counters[kRounds] == kFirstRounds) {
-    double epsilon = -on_grid(-scalars.spread, scalars);
-    for (int phase = 0; phase < kAuctionPhases && epsilon > 0.0; ++phase) {
-      num_free = bid(costs, lists, s, epsilon, kAuctionRounds, 0, counters);
-      const bool done = num_free == 0 && bid_columns(costs, s, epsilon, counters);
-      epsilon = done && phase + 1 < kAuctionPhases ? -on_grid(-0.25 * epsilon, scalars) : 0.0;
-      drop_loose_pairs(costs, lists, s, epsilon);
-    }
+__device__ void auction(const Problem<T>& p, const State& s) {
+  double epsilon = -on_grid(-p.scalars().spread, p.scalars());
+  for (int phase = 0; phase < kAuctionPhases && epsilon > 0.0; ++phase) {
+    int left = kAuctionRounds;
+    const bool done = bid(p, s, epsilon, left, 0, p.n) == 0 && bid_columns(p, s, epsilon);
+    epsilon = done && phase + 1 < kAuctionPhases ? -on_grid(-0.25 * epsilon, p.scalars()) : 0.0;
+    drop_loose_pairs(p.costs, p.lists(), s, epsilon);
   }
-  return bid(costs, lists, s, 0.0, kMoreRounds, kEnoughFree, counters);
-}
-
-// Grid (batch).
-template <class T, bool kShared>
-__global__ void __launch_bounds__(kBidThreads, 1) bid_rows(Arguments a) {
-  CROC_DYNAMIC_SHARED(shared);
-  const Problem<T> p(a);
-  if (p.failed() || p.n == 0) return;
-  State s;
-  s.carve_for_bidding(kShared ? shared : p.work.state, a.max_n(), a.max_m());
-  load_state(p, s);
-  match_nearest(s, p.n, p.m);
-  int counters[kCounters] = {};
-  const int num_free = bid_all(p.costs, p.lists(), s, p.scalars(), counters);
-  settle_rows(p.costs, s, num_free);
-  store_state(p, s);
-  if (threadIdx.x != 0) return;
-  counters[kFreeRows] = num_free;
-  for (int c = 0; c < kCounters; ++c) p.scalars().counters[c] = counters[c];
 }
 
 }  // namespace croc::gpu

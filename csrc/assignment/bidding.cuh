@@ -8,6 +8,7 @@
 namespace croc::gpu {
 
 constexpr int kNobody = 0x7fffffff;
+constexpr int kWindow = 6;  // rounds after which bidding looks back
 
 // One warp scans one row.
 template <class T>
@@ -42,6 +43,7 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
 // lower the dual of a taken column is not made: it could go round for ever.
 __device__ inline bool place_bid(const State& s, int k, Bid bid, double epsilon) {
   const bool taken = bid.column >= 0 && s.row_of[bid.column] >= 0;
+  if (is_finite(bid.least)) s.u[s.list[k]] = bid.least;
   // The only column a row may have: any price is right, so none is made up.
   double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
   if (!is_finite(bid.least) || (taken && !(step > 0.0))) {
@@ -51,7 +53,6 @@ __device__ inline bool place_bid(const State& s, int k, Bid bid, double epsilon)
   step = fmax(step, 0.0);
   s.target[k] = bid.column;
   s.bid[k] = s.v[bid.column] - step;
-  s.u[s.list[k]] = bid.least + step;
   atomicMin(reinterpret_cast<unsigned long long*>(&s.best[bid.column]),
             static_cast<unsigned long long>(ordered(s.bid[k])));
   return true;
@@ -85,6 +86,7 @@ __device__ inline void award(const State& s, int num_free) {
     if (before >= 0) s.column_of[before] = -1;
     s.row_of[column] = row;
     s.column_of[row] = column;
+    s.u[row] += s.v[column] - s.bid[k];
     s.v[column] = s.bid[k];
   }
   __syncthreads();
@@ -97,32 +99,44 @@ __device__ inline void award(const State& s, int num_free) {
   __syncthreads();
 }
 
-// Rounds until at most `enough` rows are free, no bid can be made, or the limit is reached. Returns
-// the free rows, listed in s.list.
+// Rounds until at most `enough` rows are free, no bid can be made, or none of the rounds `left` is.
+// With more than `patient` rows free it also ends when kWindow rounds free less than a tenth of
+// them. Returns the free rows, listed in s.list; their u is at most their least reduced cost.
 template <class T>
-__device__ int bid(const Costs<T>& costs, const Lists<T>& lists, const State& s, double epsilon,
-                   int limit, int enough, int* counters) {
+__device__ int bid(const Problem<T>& p, const State& s, double epsilon, int& left, int enough,
+                   int patient) {
+  const Lists<T> lists = p.lists();
   const auto free = [&](int row) { return s.column_of[row] < 0; };
-  int num_free = block_collect(costs.n, s.list, costs.n, free);
-  for (int round = 0; round < limit && num_free > enough; ++round) {
-    ++counters[kRounds];
-    counters[kBids] += num_free;
-    const bool made = place_bids(costs, lists, s, num_free, epsilon);
+  int num_free = block_collect(p.n, s.list, p.n, free);
+  int before = num_free;
+  for (int round = 0; left > 0 && num_free > enough; ++round, --left) {
+    if (round == kWindow) {
+      if (num_free > patient && 10 * num_free > 9 * before) break;
+      round = 0, before = num_free;
+    }
+    count(p.scalars(), kRounds, 1);
+    count(p.scalars(), kBids, num_free);
+    const bool made = place_bids(p.costs, lists, s, num_free, epsilon);
     award(s, num_free);
     if (!made) break;
-    num_free = block_collect(costs.n, s.list, costs.n, free);
+    num_free = block_collect(p.n, s.list, p.n, free);
   }
   return num_free;
 }
 
-// Matches every row that is alone with its nearest column, or first in line for it.
-__device__ inline void match_nearest(const State& s, int n, int m) {
+// Between rounds, and before the first one after a search.
+__device__ inline void clear_bids(const State& s, int m) {
   for (int j = threadIdx.x; j < m; j += blockDim.x) {
-    s.row_of[j] = -1;
     s.path[j] = kNobody;
     s.best[j] = ~uint64_t{0};
   }
   __syncthreads();
+}
+
+// Matches every row that is alone with its nearest column, or first in line for it.
+__device__ inline void match_nearest(const State& s, int n, int m) {
+  for (int j = threadIdx.x; j < m; j += blockDim.x) s.row_of[j] = -1;
+  clear_bids(s, m);
   for (int i = threadIdx.x; i < n; i += blockDim.x) atomicMin(&s.path[s.column_of[i]], i);
   __syncthreads();
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
@@ -133,18 +147,12 @@ __device__ inline void match_nearest(const State& s, int n, int m) {
       s.column_of[i] = -1;
   }
   __syncthreads();
-  for (int j = threadIdx.x; j < m; j += blockDim.x) s.path[j] = kNobody;
-  __syncthreads();
+  clear_bids(s, m);
 }
 
-// u = min(c - v) for free rows and c - v on the matched pairs, which are tight up to rounding.
+// u = c - v on the matched pairs, which are tight up to rounding.
 template <class T>
-__device__ void settle_rows(const Costs<T>& costs, const State& s, int num_free) {
-  for (int k = warp_id(); k < num_free; k += warp_count()) {
-    const int row = s.list[k];
-    const Bid bid = find_bid(costs, s, row);
-    if (lane_id() == 0) s.u[row] = bid.least;
-  }
+__device__ void settle_rows(const Costs<T>& costs, const State& s) {
   for (int i = threadIdx.x; i < costs.n; i += blockDim.x) {
     const int column = s.column_of[i];
     if (column >= 0) s.u[i] = costs.at(i, column) - s.v[column];

@@ -25,12 +25,10 @@ inline int threads_for(int wanted, int most) {
   return threads;
 }
 
-// Where the sequential phases keep their state, and how many columns a thread of the path search
-// owns.
+// Where the sequential phases keep their state, and how many columns a thread of a search owns.
 struct Plan {
-  int64_t bid_shared;   // bytes of shared memory for bidding; 0: its state is in the workspace
-  int64_t path_shared;  // and for the paths
-  int path_threads;
+  int64_t shared;  // bytes of shared memory for their state; 0: it is in the workspace
+  int threads;
   int groups;  // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
 };
 
@@ -38,39 +36,29 @@ struct Plan {
 constexpr int kStaticShared = 6 * 1024;
 
 inline Plan make_plan(int max_n, int max_m, int shared_limit) {
-  const int64_t limit = shared_limit - kStaticShared;
   State s;
   Plan plan{};
-  plan.bid_shared = s.carve_for_bidding(nullptr, max_n, max_m);
-  if (plan.bid_shared > limit) plan.bid_shared = 0;
   plan.groups = max_m <= 4 * kPathThreads ? 1 : max_m <= 16 * kPathThreads ? 4 : 0;
-  plan.path_threads = threads_for(ceil_div(max_m, 4), kPathThreads);
-  plan.path_shared = s.carve_for_paths(nullptr, max_n, max_m, plan.groups);
-  if (plan.path_shared > limit) plan.path_shared = 0;
+  plan.threads = threads_for(ceil_div(max_m, 4), kPathThreads);
+  plan.shared = s.carve(nullptr, max_n, max_m, plan.groups);
+  if (plan.groups == 0 || plan.shared > shared_limit - kStaticShared) plan.shared = 0;
   return plan;
 }
 
 // Sets the layout of the workspace; returns its bytes for the whole batch.
 inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
   State s;
-  const int64_t bidding =
-      plan.bid_shared > 0 ? 0 : s.carve_for_bidding(nullptr, a.max_n(), a.max_m());
-  const int64_t paths =
-      plan.path_shared > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), plan.groups);
-  a.paths_in_shared = plan.path_shared > 0;
-  a.state_bytes = bidding > paths ? bidding : paths;
+  a.state_bytes = plan.shared > 0 ? 0 : s.carve(nullptr, a.max_n(), a.max_m(), plan.groups);
   Workspace w;
   a.workspace_stride = w.carve(nullptr, a);
   return a.workspace_stride * a.batch;
 }
 
-template <class T, int kGroups, class Launcher>
-void finish(const Launcher& launch, const Arguments& a, const Plan& plan, dim3 stripes,
-            int stripe_threads) {
-  const dim3 problems(a.batch);
-  launch(match_rows<T, kGroups>, problems, plan.path_threads, plan.path_shared, a);
-  launch(raise_columns<T>, stripes, stripe_threads, 0, a);
-  launch(release_columns<T, kGroups>, problems, plan.path_threads, plan.path_shared, a);
+template <class T>
+auto matching_kernel(const Plan& plan) -> void (*)(Arguments) {
+  if (plan.groups == 0) return match_rows<T, 0, false>;
+  if (plan.groups == 1) return plan.shared > 0 ? match_rows<T, 1, true> : match_rows<T, 1, false>;
+  return plan.shared > 0 ? match_rows<T, 4, true> : match_rows<T, 4, false>;
 }
 
 template <class T, class Launcher>
@@ -98,15 +86,7 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(start_from_sinkhorn<T>, problems, problem_threads, 0, a);
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
-    const int bid_threads = threads_for(ceil_div(a.max_m(), 4), kBidThreads);
-    launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>, problems, bid_threads,
-           plan.bid_shared, a);
-    if (plan.groups == 1)
-      finish<T, 1>(launch, a, plan, stripes, stripe_threads);
-    else if (plan.groups == 4)
-      finish<T, 4>(launch, a, plan, stripes, stripe_threads);
-    else
-      finish<T, 0>(launch, a, plan, stripes, stripe_threads);
+    launch(matching_kernel<T>(plan), problems, plan.threads, plan.shared, a);
     launch(measure_slack<T>, rows, kRowThreads, 0, a);
   }
   launch(write_results<T>, problems, kRowThreads, 0, a);
