@@ -14,7 +14,8 @@ constexpr int kEnoughFree = 8;    // one row less costs bidding more than a path
 constexpr int kBidRounds = 80;    // at most, before the first forest
 constexpr int kAfterForest = 40;  // and after one
 constexpr int kForestLeast = 16;  // rows: fewer are cheaper on paths of their own
-constexpr int kForestGain = 16;   // a forest must leave this share of the rows fewer
+constexpr int kForestGain = 16;   // a forest helps if n / 16 of the free rows find a place
+constexpr int kForestMisses = 2;  // in a row that end them
 constexpr int kAuctionShare = 3;   // the auction is for more than n / 3 free rows
 constexpr int kAuctionLeast = 32;  // and more than this many
 constexpr int kRaiseLimit = 8;     // rounds by columns before their paths
@@ -134,13 +135,14 @@ __device__ int bid_and_grow(const Arguments& a) {
     timed(a, kBidTime, [&] { num_free = bid_free<T, kGroups, kShared>(a, &left); });
   };
   bids();
-  for (bool helps = true; helps && num_free > kForestLeast;) {
+  for (int misses = 0; misses < kForestMisses && num_free > kForestLeast;) {
     const int before = num_free;
-    timed(a, kForestTime, [&] { helps = grow_forest<T, kGroups, kShared>(a, num_free); });
-    if (!helps) break;
+    bool found = false;
+    timed(a, kForestTime, [&] { found = grow_forest<T, kGroups, kShared>(a, num_free); });
+    if (!found) break;
     left = max(left, kAfterForest);
     bids();
-    helps = kForestGain * (before - num_free) >= before;
+    misses = kForestGain * (before - num_free) >= before ? 0 : misses + 1;
   }
   return num_free;
 }
