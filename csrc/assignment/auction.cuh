@@ -98,7 +98,7 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
   for (int k = threadIdx.x; k < count; k += blockDim.x) {
     const int row = s.target[k], column = s.list[k];
     if (row < 0 || s.path[row] != column) continue;
-    s.row_of[s.column_of[row]] = -1;
+    if (s.column_of[row] >= 0) s.row_of[s.column_of[row]] = -1;
     s.row_of[column] = row;
     s.column_of[row] = column;
     s.u[row] = s.bid[k];
