@@ -4,7 +4,7 @@
 // state that the exact phases finish in few steps.
 #pragma once
 
-#include "bidding.cuh"
+#include "columns.cuh"
 
 namespace croc::gpu {
 
@@ -26,21 +26,35 @@ __device__ inline Offer warp_offer(double least, double second, unsigned key) {
   return {from_ordered(found.value), from_ordered(runner_up), static_cast<int>(found.key)};
 }
 
-// One warp reads every `parts`-th group of rows of a column, from group `part` on.
+// One warp reads every `parts`-th group of rows of a column, from group `part` on. All loads of a
+// batch come before its stores, which they could not overtake.
 template <class T>
-__device__ Offer find_offer(const Costs<T>& costs, const State& s, int column, int part,
+__device__ Offer find_offer(const Costs<T>& costs, const State& s, T* copies, int column, int part,
                             int parts) {
+  constexpr int kBatch = 8;
+  const Column<T> entries(costs, s, copies, column);
   double least = infinity(), second = infinity();
   unsigned key = ~0u;
-#pragma unroll 8
-  for (int i = part * kWarp + lane_id(); i < costs.n; i += parts * kWarp) {
-    const double reduced = costs.at(i, column) - s.u[i];
-    if (reduced < least) {
-      second = least;
-      least = reduced;
-      key = static_cast<unsigned>(i);
-    } else {
-      second = fmin(second, reduced);
+  for (int first = part * kWarp + lane_id(); first < costs.n; first += kBatch * parts * kWarp) {
+    T x[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = first + b * parts * kWarp;
+      x[b] = i < costs.n ? entries.from[i * entries.stride] : static_cast<T>(0);
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      const int i = first + b * parts * kWarp;
+      if (i >= costs.n) break;
+      if (entries.to != nullptr) entries.to[i] = x[b];
+      const double reduced = static_cast<double>(costs.sign * x[b]) - s.u[i];
+      if (reduced < least) {
+        second = least;
+        least = reduced;
+        key = static_cast<unsigned>(i);
+      } else {
+        second = fmin(second, reduced);
+      }
     }
   }
   return warp_offer(least, second, key);
@@ -49,7 +63,8 @@ __device__ Offer find_offer(const Costs<T>& costs, const State& s, int column, i
 // Every listed column offers its nearest row a place at a price that its second choice sets, or
 // gives up its price. Where columns are few, several warps share one.
 template <class T>
-__device__ void place_offers(const Costs<T>& costs, const State& s, int count, double epsilon) {
+__device__ void place_offers(const Costs<T>& costs, const State& s, T* copies, int count,
+                             double epsilon) {
   __shared__ Offer offers[kWarp];
   int parts = 1;
   while (2 * parts * count <= warp_count()) parts *= 2;
@@ -65,7 +80,7 @@ __device__ void place_offers(const Costs<T>& costs, const State& s, int count, d
               static_cast<unsigned long long>(ordered(s.bid[k])));
   };
   for (int k = warp_id() / parts; k < count; k += warp_count() / parts) {
-    const Offer offer = find_offer(costs, s, s.list[k], warp_id() % parts, parts);
+    const Offer offer = find_offer(costs, s, copies, s.list[k], warp_id() % parts, parts);
     if (lane_id() != 0) continue;
     if (parts > 1)
       offers[warp_id()] = offer;
@@ -89,6 +104,7 @@ template <class T>
 __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) {
   for (int k = threadIdx.x; k < count; k += blockDim.x) {
     const int row = s.target[k], column = s.list[k];
+    if (s.slot[column] >= 0) fill_slot(s, column);
     if (row < 0)
       s.v[column] = 0.0;
     else if (s.best[row] == ordered(s.bid[k]))
@@ -116,10 +132,11 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
 
 // One round of the listed columns.
 template <class T>
-__device__ void bid_columns_once(const Costs<T>& costs, const State& s, int priced,
-                                 double epsilon) {
-  place_offers(costs, s, priced, epsilon);
-  accept_offers(costs, s, priced);
+__device__ void bid_columns_once(const Problem<T>& p, const State& s, int priced, double epsilon) {
+  for (int k = threadIdx.x; k < priced; k += blockDim.x) take_slot(s, s.list[k], p.slots);
+  __syncthreads();
+  place_offers(p.costs, s, p.copies(), priced, epsilon);
+  accept_offers(p.costs, s, priced);
 }
 
 // Lists the unmatched columns with a negative dual, as far as there is room; returns how many.
@@ -140,7 +157,7 @@ __device__ bool bid_columns(const Problem<T>& p, const State& s, double epsilon)
     count(p.scalars(), kReverseRounds, 1);
     count(p.scalars(), kReverseBids, priced);
     bids += priced;
-    bid_columns_once(p.costs, s, priced, epsilon);
+    bid_columns_once(p, s, priced, epsilon);
   }
   return false;
 }

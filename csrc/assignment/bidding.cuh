@@ -58,18 +58,28 @@ __device__ inline bool place_bid(const State& s, int k, Bid bid, double epsilon)
   return true;
 }
 
-// Bids for all free rows, by a warp each; returns whether any was made.
+// Bids for all free rows, by a warp each; returns whether any was made. A warp that is done takes the
+// next row: some have to read parts of their row again. `next` is zero before and after.
 template <class T>
 __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s,
-                           int num_free, double epsilon) {
+                           int num_free, double epsilon, int& next) {
   bool made = false;
-  for (int k = warp_id(); k < num_free; k += warp_count()) {
+  int k = warp_id();
+  while (k < num_free) {
     const int row = s.list[k];
     const Bid bid =
         lists.bound != nullptr ? bid_from_list(costs, lists, s, row) : find_bid(costs, s, row);
-    if (lane_id() == 0) made |= place_bid(s, k, bid, epsilon);
+    int taken = 0;
+    if (lane_id() == 0) {
+      made |= place_bid(s, k, bid, epsilon);
+      if (num_free > warp_count()) taken = atomicAdd(&next, 1);
+    }
+    k = warp_count() + __shfl_sync(kAllLanes, taken, 0);
+    if (num_free <= warp_count()) break;
   }
-  return __syncthreads_or(made) != 0;
+  const bool any = __syncthreads_or(made) != 0;
+  if (threadIdx.x == 0) next = 0;
+  return any;
 }
 
 // The best bid of each column takes it; among equal bids the lowest row.
@@ -105,6 +115,8 @@ __device__ inline void award(const State& s, int num_free) {
 template <class T>
 __device__ int bid(const Problem<T>& p, const State& s, double epsilon, int& left, int enough,
                    int patient) {
+  __shared__ int next;
+  if (threadIdx.x == 0) next = 0;
   const Lists<T> lists = p.lists();
   const auto free = [&](int row) { return s.column_of[row] < 0; };
   int num_free = block_collect(p.n, s.list, p.n, free);
@@ -116,7 +128,7 @@ __device__ int bid(const Problem<T>& p, const State& s, double epsilon, int& lef
     }
     count(p.scalars(), kRounds, 1);
     count(p.scalars(), kBids, num_free);
-    const bool made = place_bids(p.costs, lists, s, num_free, epsilon);
+    const bool made = place_bids(p.costs, lists, s, num_free, epsilon, next);
     award(s, num_free);
     if (!made) break;
     num_free = block_collect(p.n, s.list, p.n, free);

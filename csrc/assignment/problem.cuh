@@ -68,6 +68,12 @@ struct Arguments {
 
   __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }
   __host__ __device__ int max_m() const { return rows < columns ? columns : rows; }
+  // Columns of a problem that can be copied: a quarter.
+  __host__ __device__ int slots() const {
+    constexpr int kMostRows = 1024, kMostSlots = 8192;
+    const int quarter = max_m() / 4;
+    return max_n() >= kMostRows ? 0 : quarter < kMostSlots ? quarter : kMostSlots;
+  }
 };
 
 // Length of an array that is read four entries at a time.
@@ -104,6 +110,8 @@ struct State {
                    // column, kNobody between rounds
   double* reach;   // (m) searches: distances from the sources
   uint64_t* best;  // (m) bidding: the best bid for a column, ~0 between rounds; the same memory
+  int* slot;       // (m) of a column's copy, see columns.cuh
+  int* slots;      // handed out
   void* limit;     // of nodes, see graphs.cuh, in the costs' type or a wider one,
   float* key;      // and their keys: only without groups, else in registers
 
@@ -121,6 +129,8 @@ struct State {
     path = carver.take<int>(m);
     reach = carver.take<double>(m);
     best = reinterpret_cast<uint64_t*>(reach);
+    slot = carver.take<int>(m);
+    slots = carver.take<int>(1);
     const int64_t nodes = groups > 0 ? 0 : m + 4 * int64_t{kMostThreads};
     limit = carver.take<double>(nodes);
     key = carver.take<float>(nodes);
@@ -152,6 +162,7 @@ struct Workspace {
   void* list_cost;     // (n, kWarp, kListed) candidates, from kListColumns on
   int* list_column;    // the same
   float* list_bound;   // (n, kWarp)
+  void* copies;        // (slots, n) columns
   unsigned char* state;
 
   __host__ __device__ int64_t carve(unsigned char* base, const Arguments& a) {
@@ -172,6 +183,7 @@ struct Workspace {
     list_cost = carver.take<unsigned char>(candidates * a.cost_bytes);
     list_column = carver.take<int>(candidates);
     list_bound = carver.take<float>(candidates / kListed);
+    copies = carver.take<unsigned char>(int64_t{a.slots()} * n * a.cost_bytes);
     state = carver.take<unsigned char>(a.state_bytes);
     return carver.used;
   }
@@ -246,11 +258,13 @@ struct Problem {
   int used_rows;  // of the caller's matrix
   bool swapped;   // the solver's rows are the caller's columns
   double unit;    // a power of two: the solver sees the costs divided by it
+  int slots;      // for copies of columns
 
   // `scaled`: once the exponents of the costs are known, their sums are kept from overflowing.
   __device__ explicit Problem(const Arguments& a, bool scaled = true) {
     const int64_t b = blockIdx.x;
     used_rows = a.rows;
+    slots = a.slots();
     if (a.num_rows != nullptr) {
       const int64_t given = a.wide_num_rows ? static_cast<const int64_t*>(a.num_rows)[b]
                                             : static_cast<const int32_t*>(a.num_rows)[b];
@@ -282,6 +296,7 @@ struct Problem {
     return {static_cast<T*>(work.list_cost), work.list_column,
             listed() ? work.list_bound : nullptr};
   }
+  __device__ T* copies() const { return static_cast<T*>(work.copies); }
   __device__ bool failed() const { return work.scalars->status != kOk; }
 };
 

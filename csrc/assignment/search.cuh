@@ -133,6 +133,7 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
     for (int g = 0; g < nodes.groups(); ++g) {
       T x[4] = {0, 0, 0, 0};
       graph.read(front.from[0], g, x);
+      graph.keep(front.from[0], g, x);
       for (unsigned rest = promising(nodes, g, sign, base, x); rest != 0; rest &= rest - 1)
         lowest = lesser(lowest, reach(graph, nodes, g, __ffs(static_cast<int>(rest)) - 1,
                                       front.from[0], front.distance[0], lowest));
@@ -145,6 +146,12 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
       if (w >= front.count) break;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) graph.read(front.from[w], g, x[w][g]);
+    }
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) {
+      if (w >= front.count) break;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) graph.keep(front.from[w], g, x[w][g]);
     }
     unsigned rest = 0;  // a bit per place of x: few, or all of them
 #pragma unroll
@@ -293,8 +300,10 @@ __device__ void augment(const Costs<T>& costs, const State& s, int source, PathE
 // From a column that is unmatched with a negative dual, until no column closer to zero can be
 // found.
 template <class T, int kGroups>
-__device__ Release shortest_release(const Costs<T>& costs, const State& s, const int* source) {
-  const Found found = search<T, kGroups>(ColumnGraph<T>{costs, s}, source, 1, -s.v[*source]);
+__device__ Release shortest_release(const Costs<T>& costs, const State& s, T* copies,
+                                    const int* source) {
+  const ColumnGraph<T> graph{costs, s, copies};
+  const Found found = search<T, kGroups>(graph, source, 1, -s.v[*source]);
   const int column = found.node < 0 ? *source : s.column_of[found.node];
   return {column, found.bound, found.reads, found.steps};
 }
@@ -307,7 +316,10 @@ __device__ void release(const Costs<T>& costs, const State& s, int source, Relea
     s.u[i] -= shift;
     s.v[s.column_of[i]] += shift;
   }
+  const int kept = s.target[0];
+  for (int k = threadIdx.x; k < kept; k += blockDim.x) fill_slot(s, s.target[k + 1]);
   __syncthreads();
+  if (threadIdx.x == 0) s.target[0] = 0;
   flip_release(s, source, end);
 }
 

@@ -79,7 +79,7 @@ __device__ CROC_NOINLINE int raise_columns(Arguments a) {
     if (priced == 0) break;
     count(p.scalars(), kRaiseRounds, 1);
     count(p.scalars(), kRaiseBids, priced);
-    bid_columns_once(p.costs, s, priced, 0.0);
+    bid_columns_once(p, s, priced, 0.0);
   }
   return block_collect(p.n, s.list, p.n, [&](int row) { return s.column_of[row] < 0; });
 }
@@ -108,12 +108,15 @@ __device__ CROC_NOINLINE void release_columns(Arguments a) {
   const Work<T, kGroups, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x)
+    if (s.row_of[j] >= 0 || s.v[j] < 0.0) take_slot(s, j, p.slots);
+  if (threadIdx.x == 0) s.target[0] = 0;
   // Each search leaves one priced column less, so this ends.
   for (int priced; (priced = collect_priced(p.costs, s)) > 0;) {
     count(p.scalars(), kReleased, priced);
     for (int k = 0; k < priced; ++k) {
       const int source = s.list[k];
-      const Release end = shortest_release<T, kGroups>(p.costs, s, s.list + k);
+      const Release end = shortest_release<T, kGroups>(p.costs, s, p.copies(), s.list + k);
       count(p.scalars(), kColumnScans, end.reads);
       count(p.scalars(), kColumnSteps, end.steps);
       release(p.costs, s, source, end);
@@ -163,6 +166,7 @@ __device__ Outline begin(const Arguments& a) {
   if (work.p.failed() || work.p.n == 0) return {0, false};
   load_state(work.p, work.s);
   match_nearest(work.s, work.p.n, work.p.m);
+  clear_slots(work.s, work.p.m);
   return {work.p.n, work.p.costs.vectors};
 }
 
