@@ -4,8 +4,8 @@
 //   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu
 //   -o scan && ./scan
 //
-// With arguments, FILE B N M, it solves the float32 costs in the file instead of its own. Prints one
-// JSON object per line. Times are medians over repeated runs, from events; the first runs are
+// With arguments, FILE B N M, it solves the float32 costs in the file instead of its own. Prints
+// one JSON object per line. Times are medians over repeated runs, from events; the first runs are
 // dropped. Times of the phases of match_rows are of the last run, at the clock the device reports.
 #include <algorithm>
 #include <cstdio>
@@ -211,9 +211,9 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
     if (cycles > longest) std::copy_n(counters, kCounters, slowest);
     longest = std::max(longest, cycles);
   }
-  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g",
-              name.c_str(), batch, n, m, median(times[kLaunches]),
-              *std::max_element(gaps.begin(), gaps.end()));
+  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, ", name.c_str(), batch,
+              n, m, median(times[kLaunches]));
+  std::printf("\"max_gap\": %g", *std::max_element(gaps.begin(), gaps.end()));
   for (const auto& [which, counters] : {std::pair("most", most), std::pair("slowest", slowest)}) {
     std::printf(", \"%s\": {", which);
     for (int c = 0; c < kCounters; ++c)

@@ -58,8 +58,8 @@ __device__ inline bool place_bid(const State& s, int k, Bid bid, double epsilon)
   return true;
 }
 
-// Bids for all free rows, by a warp each; returns whether any was made. A warp that is done takes the
-// next row: some have to read parts of their row again. `next` is zero before and after.
+// Bids for all free rows, by a warp each; returns whether any was made. A warp that is done takes
+// the next row: some have to read parts of their row again. `next` is zero before and after.
 template <class T>
 __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s,
                            int num_free, double epsilon, int& next) {

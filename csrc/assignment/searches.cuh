@@ -1,8 +1,8 @@
 // The kernel that matches a problem, given the start: bids, and forests where they stall; the
 // auction where that is not enough; bids by columns that have a price but no row; shortest paths
-// for the rows that are still free; then the reverse pass. After the paths every row is matched, but
-// a column that nobody took may still have a negative dual: it was priced for a demand that did not
-// come. Each such column is raised to zero, or takes a row.
+// for the rows that are still free; then the reverse pass. After the paths every row is matched,
+// but a column that nobody took may still have a negative dual: it was priced for a demand that did
+// not come. Each such column is raised to zero, or takes a row.
 #pragma once
 
 #include "forest.cuh"
@@ -14,11 +14,11 @@ constexpr int kEnoughFree = 8;    // one row less costs bidding more than a path
 constexpr int kBidRounds = 80;    // at most, before the first forest
 constexpr int kAfterForest = 40;  // and after one
 constexpr int kForestLeast = 16;  // rows: fewer are cheaper on paths of their own
-constexpr int kForestGain = 16;   // a forest helps if n / 16 of the free rows find a place
+constexpr int kForestGain = 16;   // a forest helps if a 16th of the free rows find a place
 constexpr int kForestMisses = 2;  // in a row that end them
-constexpr int kAuctionShare = 3;   // the auction is for more than n / 3 free rows
+constexpr int kAuctionShare = 3;  // the auction is for more than n / 3 free rows
 constexpr int kAuctionLeast = 32;  // and more than this many
-constexpr int kRaiseLimit = 8;     // rounds by columns before the paths
+constexpr int kRaiseLimit = 8;    // rounds by columns before the paths
 
 // A block's problem and its state, for each phase anew: a phase is a function that is not inlined,
 // and so has the registers to itself.
