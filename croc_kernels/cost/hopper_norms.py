@@ -46,8 +46,22 @@ def _add_squares(x, acc):
 
 
 @gluon.jit
-def _row_norms(pool_ptr, p_norm_ptr, first, sizes, METRIC: gl.constexpr, WARPS: gl.constexpr):
-    """Norms of pool rows from ``first`` on, one per warp; four loads of each are under way."""
+def _add_pieces(places, offs_k, k, dim, acc):
+    """Add the squares of four pieces, whose loads are under way together."""
+    a = _load_piece(places, offs_k, k, dim)
+    b = _load_piece(places, offs_k, k + _PIECE, dim)
+    c = _load_piece(places, offs_k, k + 2 * _PIECE, dim)
+    d = _load_piece(places, offs_k, k + 3 * _PIECE, dim)
+    acc = _add_squares(b, _add_squares(a, acc))
+    return _add_squares(d, _add_squares(c, acc))
+
+
+@gluon.jit
+def _row_norms(
+    pool_ptr, p_norm_ptr, first, sizes,
+    METRIC: gl.constexpr, WARPS: gl.constexpr, UNROLL: gl.constexpr,
+):  # fmt: skip
+    """Norms of pool rows from ``first`` on, one per warp."""
     m, dim, stride_pm = sizes[1], sizes[2], sizes[7]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     row = first + gl.arange(0, WARPS, layout=gl.SliceLayout(1, layout))
@@ -55,20 +69,16 @@ def _row_norms(pool_ptr, p_norm_ptr, first, sizes, METRIC: gl.constexpr, WARPS: 
     start = gl.multiple_of(gl.minimum(row, m - 1).to(gl.int64) * stride_pm, 8)
     places = pool_ptr + start[:, None] + offs_k[None, :]
     acc = gl.zeros([WARPS, _PIECE], gl.float32, layout=layout)
-    for k in range(0, dim, 4 * _PIECE):
-        a = _load_piece(places, offs_k, k, dim)
-        b = _load_piece(places, offs_k, k + _PIECE, dim)
-        c = _load_piece(places, offs_k, k + 2 * _PIECE, dim)
-        d = _load_piece(places, offs_k, k + 3 * _PIECE, dim)
-        acc = _add_squares(b, _add_squares(a, acc))
-        acc = _add_squares(d, _add_squares(c, acc))
+    for k in range(0, dim, 4 * _PIECE * UNROLL):
+        for i in gl.static_range(UNROLL):
+            acc = _add_pieces(places, offs_k, k + 4 * _PIECE * i, dim, acc)
     gl.store(p_norm_ptr + row, _norm_term(gl.sum(acc, axis=1), METRIC), mask=row < m)
 
 
 @gluon.jit
 def _pool_norm_kernel(pool_ptr, p_norm_ptr, sizes, METRIC: gl.constexpr):
     """Norm of one pool row; grid = (m,), one warp each. sizes: see hopper_rows.py."""
-    _row_norms(pool_ptr, p_norm_ptr, gl.program_id(0), sizes, METRIC, 1)
+    _row_norms(pool_ptr, p_norm_ptr, gl.program_id(0), sizes, METRIC, 1, 2)
 
 
 @gluon.jit
@@ -78,7 +88,7 @@ def pool_norms(pointers, sizes, SHARE: gl.constexpr, METRIC: gl.constexpr, WARPS
     share = gl.atomic_add(state_ptr, 1, sem="relaxed")
     while share * SHARE < sizes[1]:
         for i in range(0, SHARE, WARPS):
-            _row_norms(pointers[3], pointers[4], share * SHARE + i, sizes, METRIC, WARPS)
+            _row_norms(pointers[3], pointers[4], share * SHARE + i, sizes, METRIC, WARPS, 1)
         # All warps' norms come before the count.
         group_barrier()
         gl.atomic_add(state_ptr + 1, 1, sem="release")
