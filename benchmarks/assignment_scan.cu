@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "assignment/solver.cuh"
+#include "assignment/launch.cuh"
 
 namespace {
 
@@ -71,7 +71,7 @@ void measure_scan(int batch, int n, int m, int threads) {
         static_cast<int>(k % m) < n - 1 ? uniform(random) : std::numeric_limits<float>::infinity();
   Arguments a{};
   a.batch = batch, a.rows = n, a.columns = m, a.cost_bytes = 4, a.vectors = m % 4 == 0;
-  const Plan plan = make_plan(n, m, 227 * 1024);
+  const Plan plan = make_plan(batch, n, m, 227 * 1024, kMostBlocks);
   unsigned char* workspace = nullptr;
   CHECK(cudaMalloc(&workspace, plan_workspace(a, plan)));
   a.workspace = workspace;
@@ -114,11 +114,8 @@ struct TimedLauncher {
   std::vector<cudaEvent_t>* events;
 
   void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
-                  const Arguments& a) const {
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)));
-    kernel<<<grid, threads, shared>>>(a);
-    CHECK(cudaGetLastError());
+                  const Arguments& a, int cluster = 1) const {
+    CHECK(launch_kernel(kernel, grid, threads, shared, cluster, nullptr, a));
     cudaEvent_t event;
     CHECK(cudaEventCreate(&event));
     CHECK(cudaEventRecord(event));
@@ -160,7 +157,7 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
   CHECK(cudaMalloc(&a.column_dual, columns * 8));
   CHECK(cudaMalloc(&a.gap, batch * 8));
   CHECK(cudaMalloc(&a.status, batch * 4));
-  const Plan plan = make_plan(a.max_n(), a.max_m(), 227 * 1024);
+  const Plan plan = make_plan(batch, a.max_n(), a.max_m(), 227 * 1024, kMostBlocks);
   CHECK(cudaMalloc(&a.workspace, plan_workspace(a, plan)));
   std::vector<std::vector<float>> times(kLaunches + 1);
   for (int run = 0; run < kWarmups + kRuns; ++run) {

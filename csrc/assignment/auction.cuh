@@ -5,6 +5,7 @@
 #pragma once
 
 #include "bidding.cuh"
+#include "columns.cuh"
 
 namespace croc::gpu {
 
@@ -13,7 +14,8 @@ constexpr int kEnoughFree = 8;     // one row less costs bidding more than a pat
 constexpr int kFirstRounds = 40;   // before the auction is considered
 constexpr int kMoreRounds = 40;    // where it is not needed
 constexpr int kAuctionShare = 3;   // considered when more than n / 3 rows are free
-constexpr int kAuctionLeast = 32;  // and more than this many
+constexpr int kAuctionMost = 144;  // or more than this many, whatever n is
+constexpr int kAuctionLeast = 32;  // and never with fewer
 constexpr int kAuctionPhases = 4;  // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
 constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
@@ -32,6 +34,14 @@ __device__ inline Offer warp_offer(double least, double second, unsigned key) {
   return {from_ordered(found.value), from_ordered(runner_up), static_cast<int>(found.key)};
 }
 
+__device__ inline void add_offer(double reduced, int row, double& least, double& second,
+                                 unsigned& key) {
+  const bool nearer = reduced < least;
+  second = nearer ? least : lesser(second, reduced);
+  key = nearer ? static_cast<unsigned>(row) : key;
+  least = nearer ? reduced : least;
+}
+
 // One warp reads every `parts`-th group of rows of a column, from group `part` on.
 template <class T>
 __device__ Offer find_offer(const Costs<T>& costs, const State& s, int column, int part,
@@ -40,13 +50,55 @@ __device__ Offer find_offer(const Costs<T>& costs, const State& s, int column, i
   unsigned key = ~0u;
 #pragma unroll 8
   for (int i = part * kWarp + lane_id(); i < costs.n; i += parts * kWarp) {
-    const double reduced = costs.at(i, column) - s.u[i];
-    if (reduced < least) {
-      second = least;
-      least = reduced;
-      key = static_cast<unsigned>(i);
-    } else {
-      second = fmin(second, reduced);
+    add_offer(costs.at(i, column) - s.u[i], i, least, second, key);
+  }
+  return warp_offer(least, second, key);
+}
+
+// The same from the column's levels.
+template <class T>
+__device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels levels, const double* row_dual,
+                                          int column, int part, int parts) {
+  const double low = levels.low[column], step = levels.step[column];
+  const unsigned char* its_levels = levels.column(column);
+  const int start = kRowsPerWord * (part * kWarp + lane_id());
+  const int stride = kRowsPerWord * parts * kWarp;
+  const auto visit = [&](int first, auto each) {
+    const unsigned word = *reinterpret_cast<const unsigned*>(its_levels + first);
+    double u[kRowsPerWord];
+    four(row_dual, first, u);
+#pragma unroll
+    for (int k = 0; k < kRowsPerWord; ++k) each(k, word >> 8 * k & 255u, u[k]);
+  };
+  double nearest = infinity();  // upper end
+#pragma unroll 8
+  for (int first = start; first < costs.n; first += stride)
+    visit(first, [&](int, unsigned level, double u) {
+      const double upper = fma(level + 1.0, step, low) - u;
+      nearest = level != kNoLevel ? lesser(nearest, upper) : nearest;
+    });
+  // Of two lanes' nearest, the further: at least two rows are that near.
+  const Least found = warp_least({ordered(nearest), static_cast<unsigned>(lane_id())});
+  const double bound = from_ordered(
+      warp_min(found.key == static_cast<unsigned>(lane_id()) ? ordered(infinity()) : ordered(nearest)));
+  double least = infinity(), second = infinity();
+  unsigned key = ~0u;
+  for (int chunk = start; chunk < costs.n; chunk += kHeldWords * stride) {
+    uint64_t promising = 0;
+#pragma unroll 8
+    for (int w = 0; w < kHeldWords; ++w) {
+      const int first = chunk + w * stride;
+      if (first >= costs.n) break;
+      visit(first, [&](int k, unsigned level, double u) {
+        const bool is = fma(static_cast<double>(level), step, low) - u <= bound;
+        promising |= static_cast<uint64_t>(is && first + k < costs.n) << (kRowsPerWord * w + k);
+      });
+    }
+    while (promising != 0) {
+      const int bit = __ffsll(static_cast<long long>(promising)) - 1;
+      promising &= promising - 1;
+      const int row = chunk + bit / kRowsPerWord * stride + bit % kRowsPerWord;
+      add_offer(costs.at(row, column) - row_dual[row], row, least, second, key);
     }
   }
   return warp_offer(least, second, key);
@@ -55,7 +107,8 @@ __device__ Offer find_offer(const Costs<T>& costs, const State& s, int column, i
 // Every listed column offers its nearest row a place at a price that its second choice sets, or
 // gives up its price. Where columns are few, several warps share one.
 template <class T>
-__device__ void place_offers(const Costs<T>& costs, const State& s, int count, double epsilon) {
+__device__ void place_offers(const Costs<T>& costs, const Levels& levels, const State& s, int count,
+                             double epsilon) {
   __shared__ Offer offers[kWarp];
   int parts = 1;
   while (2 * parts * count <= warp_count()) parts *= 2;
@@ -71,7 +124,10 @@ __device__ void place_offers(const Costs<T>& costs, const State& s, int count, d
               static_cast<unsigned long long>(ordered(s.bid[k])));
   };
   for (int k = warp_id() / parts; k < count; k += warp_count() / parts) {
-    const Offer offer = find_offer(costs, s, s.list[k], warp_id() % parts, parts);
+    const int part = warp_id() % parts;
+    const Offer offer = levels.level != nullptr
+                            ? find_offer(costs, levels, s.u, s.list[k], part, parts)
+                            : find_offer(costs, s, s.list[k], part, parts);
     if (lane_id() != 0) continue;
     if (parts > 1)
       offers[warp_id()] = offer;
@@ -121,9 +177,13 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
 }
 
 // Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row
-// must be matched.
+// must be matched. Columns at work are few, so each block of a cluster repeats these rounds and none waits.
 template <class T>
-__device__ bool bid_columns(const Costs<T>& costs, const State& s, double epsilon, int* counters) {
+__device__ bool bid_columns(const Costs<T>& costs, const Levels& levels, const State& s,
+                            double epsilon, int* counters) {
+  for (int i = threadIdx.x; i < costs.n; i += blockDim.x)
+    s.u[i] = costs.at(i, s.column_of[i]) - s.v[s.column_of[i]];
+  __syncthreads();
   int bids = 0;
   for (int round = 0; round < kAuctionRounds && (round < kPatience || bids > 2 * round); ++round) {
     const int count = block_collect(costs.m, s.list, costs.n,
@@ -132,7 +192,7 @@ __device__ bool bid_columns(const Costs<T>& costs, const State& s, double epsilo
     ++counters[kReverseRounds];
     counters[kReverseBids] += count;
     bids += count;
-    place_offers(costs, s, count, epsilon);
+    place_offers(costs, levels, s, count, epsilon);
     accept_offers(costs, s, count);
   }
   return false;
@@ -143,52 +203,67 @@ __device__ bool bid_columns(const Costs<T>& costs, const State& s, double epsilo
 template <class T>
 __device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, const State& s,
                                  double epsilon) {
-  for (int row = warp_id(); row < costs.n; row += warp_count()) {
+  cluster_wait();  // others may still read their lists
+  for (int row = cluster_warp(); row < costs.n; row += cluster_warps()) {
     const int column = s.column_of[row];
     const double least = list_row(costs, lists, s.v, row);
-    if (lane_id() == 0 && column >= 0)
-      s.target[row] = (costs.at(row, column) - s.v[column]) - least > epsilon;
+    const bool loose = column >= 0 && (costs.at(row, column) - s.v[column]) - least > epsilon;
+    cluster_tell(&s.list[row], static_cast<int>(loose));
   }
-  __syncthreads();
+  cluster_wait();
   for (int row = threadIdx.x; row < costs.n; row += blockDim.x) {
-    const int column = s.column_of[row];
-    if (column < 0 || !s.target[row]) continue;
-    s.row_of[column] = -1;
+    if (s.list[row] == 0) continue;
+    s.row_of[s.column_of[row]] = -1;
     s.column_of[row] = -1;
   }
   __syncthreads();
 }
 
+__device__ inline bool needs_auction(int num_free, int n) {
+  return num_free > kAuctionLeast && num_free > min(n / kAuctionShare, kAuctionMost);
+}
+
 // All bidding. Returns the number of rows left free, listed in s.list.
 template <class T>
-__device__ int bid_all(const Costs<T>& costs, const Lists<T>& lists, const State& s,
-                       const Scalars& scalars, int* counters) {
-  int num_free = bid(costs, lists, s, 0.0, kFirstRounds, kEnoughFree, counters);
-  if (num_free > kAuctionLeast && num_free > costs.n / kAuctionShare &&
-      counters[kRounds] == kFirstRounds) {
-    double epsilon = -on_grid(-scalars.spread, scalars);
-    for (int phase = 0; phase < kAuctionPhases && epsilon > 0.0; ++phase) {
-      num_free = bid(costs, lists, s, epsilon, kAuctionRounds, 0, counters);
-      const bool done = num_free == 0 && bid_columns(costs, s, epsilon, counters);
+__device__ int bid_all(const Arguments& a, const Costs<T>& costs, const Lists<T>& lists,
+                       State& s, const Scalars& scalars,
+                       int* counters) {
+  double epsilon = 0.0;
+  int limit = kFirstRounds, enough = kEnoughFree;
+  for (int phase = -1;; ++phase) {  // one call of `bid`: more would be as many copies of it
+    const int num_free = bid(costs, lists, s, epsilon, limit, enough, counters);
+    if (phase >= 0 && !(epsilon > 0.0)) return num_free;
+    if (phase < 0) {
+      if (needs_auction(num_free, costs.n) && counters[kRounds] == kFirstRounds) {
+        make_levels(costs, levels_of<T>(a));
+        cluster_wait();
+        epsilon = -on_grid(-scalars.spread, scalars);
+      }
+    } else {
+      const bool done = num_free == 0 && bid_columns(costs, levels_of<T>(a), s, epsilon, counters);
       epsilon = done && phase + 1 < kAuctionPhases ? -on_grid(-0.25 * epsilon, scalars) : 0.0;
       drop_loose_pairs(costs, lists, s, epsilon);
     }
+    limit = epsilon > 0.0 ? kAuctionRounds : kMoreRounds;
+    enough = epsilon > 0.0 ? 0 : kEnoughFree;
   }
-  return bid(costs, lists, s, 0.0, kMoreRounds, kEnoughFree, counters);
 }
 
-// Grid (batch).
+// Grid (batch, blocks of a cluster).
 template <class T, bool kShared>
 __global__ void __launch_bounds__(kBidThreads, 1) bid_rows(Arguments a) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<T> p(a);
   if (p.failed() || p.n == 0) return;
   State s;
-  s.carve_for_bidding(kShared ? shared : p.work.state, a.max_n(), a.max_m());
+  s.carve_for_bidding(kShared ? shared : p.work.state, a.max_n(), a.max_m(), cluster_size());
   load_state(p, s);
   match_nearest(s, p.n, p.m);
+  cluster_wait();  // all have begun: from here on their shared memory may be written
   int counters[kCounters] = {};
-  const int num_free = bid_all(p.costs, p.lists(), s, p.scalars(), counters);
+  const int num_free =
+      bid_all(a, p.costs, p.lists(), s, p.scalars(), counters);
+  if (cluster_rank() != 0) return;
   settle_rows(p.costs, s, num_free);
   store_state(p, s);
   if (threadIdx.x != 0) return;

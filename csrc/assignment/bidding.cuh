@@ -3,6 +3,7 @@
 // and only ever lowers v.
 #pragma once
 
+#include "cluster.cuh"
 #include "nearest.cuh"
 
 namespace croc::gpu {
@@ -11,7 +12,7 @@ constexpr int kNobody = 0x7fffffff;
 
 // One warp scans one row.
 template <class T>
-__device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
+__device__ CROC_NOINLINE Bid find_bid(Costs<T> costs, State s, int row) {
   const int turn = rotation(row, costs.m);
   const auto key_of = [&](int column) { return bid_key(s, column, turn, costs.m); };
   double least = infinity(), second = infinity();
@@ -38,44 +39,51 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
           unrotated(found.key & ~kMatched, turn, costs.m)};
 }
 
-// Writes entry k of the bids; returns whether there is one. Without an epsilon a bid that would not
-// lower the dual of a taken column is not made: it could go round for ever.
-__device__ inline bool place_bid(const State& s, int k, Bid bid, double epsilon) {
+// What a bid is for (-1: none) and its price. Without an epsilon a bid that would not lower the dual of a
+// taken column is not made: it could go round for ever.
+struct Placed {
+  int target;
+  double price;
+};
+
+__device__ inline Placed place_bid(const State& s, Bid bid, double epsilon) {
   const bool taken = bid.column >= 0 && s.row_of[bid.column] >= 0;
   // The only column a row may have: any price is right, so none is made up.
-  double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
-  if (!is_finite(bid.least) || (taken && !(step > 0.0))) {
-    s.target[k] = -1;
-    return false;
-  }
-  step = fmax(step, 0.0);
-  s.target[k] = bid.column;
-  s.bid[k] = s.v[bid.column] - step;
-  s.u[s.list[k]] = bid.least + step;
-  atomicMin(reinterpret_cast<unsigned long long*>(&s.best[bid.column]),
-            static_cast<unsigned long long>(ordered(s.bid[k])));
-  return true;
+  const double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
+  if (!is_finite(bid.least) || (taken && !(step > 0.0))) return {-1, 0.0};
+  return {bid.column, s.v[bid.column] - fmax(step, 0.0)};
 }
 
-// Bids for all free rows, by a warp each; returns whether any was made.
+// Bids for all free rows, by a warp each.
 template <class T>
-__device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s,
+__device__ void place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s,
                            int num_free, double epsilon) {
-  bool made = false;
-  for (int k = warp_id(); k < num_free; k += warp_count()) {
+  for (int k = cluster_warp(); k < num_free; k += cluster_warps()) {
     const int row = s.list[k];
     const Bid bid =
         lists.bound != nullptr ? bid_from_list(costs, lists, s, row) : find_bid(costs, s, row);
-    if (lane_id() == 0) made |= place_bid(s, k, bid, epsilon);
+    const Placed placed = place_bid(s, bid, epsilon);
+    cluster_tell(&s.target[k], placed.target);
+    cluster_tell(&s.bid[k], placed.price);
   }
-  return __syncthreads_or(made) != 0;
+  cluster_wait();
 }
 
-// The best bid of each column takes it; among equal bids the lowest row.
-__device__ inline void award(const State& s, int num_free) {
+// The best bid of each column takes it; among equal bids the lowest row. Returns whether any was
+// made. The caller's next barrier comes before the next use of `path`.
+__device__ inline bool award(const State& s, int num_free) {
+  bool made = false;
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
-    const int row = s.list[k], column = s.target[k];
-    if (column >= 0 && s.best[column] == ordered(s.bid[k])) atomicMin(&s.path[column], row);
+    if (s.target[k] < 0) continue;
+    made = true;
+    atomicMin(reinterpret_cast<unsigned long long*>(&s.best[s.target[k]]),
+              static_cast<unsigned long long>(ordered(s.bid[k])));
+  }
+  if (__syncthreads_or(made) == 0) return false;
+  for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
+    const int column = s.target[k];
+    if (column >= 0 && s.best[column] == ordered(s.bid[k]))
+      atomicMin(&s.path[column], s.list[k]);
   }
   __syncthreads();
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
@@ -86,29 +94,29 @@ __device__ inline void award(const State& s, int num_free) {
     s.row_of[column] = row;
     s.column_of[row] = column;
     s.v[column] = s.bid[k];
+    s.best[column] = ~uint64_t{0};
   }
   __syncthreads();
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
     const int column = s.target[k];
-    if (column < 0 || s.column_of[s.list[k]] != column) continue;  // the winner clears up
-    s.best[column] = ~uint64_t{0};
-    s.path[column] = kNobody;
+    if (column >= 0 && s.column_of[s.list[k]] == column) s.path[column] = kNobody;
   }
-  __syncthreads();
+  return true;
 }
 
 // Rounds until at most `enough` rows are free, no bid can be made, or the limit is reached. Returns
 // the free rows, listed in s.list.
 template <class T>
-__device__ int bid(const Costs<T>& costs, const Lists<T>& lists, const State& s, double epsilon,
-                   int limit, int enough, int* counters) {
+__device__ int bid(const Costs<T>& costs, const Lists<T>& lists, State& s,
+                   double epsilon, int limit, int enough, int* counters) {
   const auto free = [&](int row) { return s.column_of[row] < 0; };
   int num_free = block_collect(costs.n, s.list, costs.n, free);
   for (int round = 0; round < limit && num_free > enough; ++round) {
     ++counters[kRounds];
     counters[kBids] += num_free;
-    const bool made = place_bids(costs, lists, s, num_free, epsilon);
-    award(s, num_free);
+    place_bids(costs, lists, s, num_free, epsilon);
+    const bool made = award(s, num_free);
+    s.turn_page();
     if (!made) break;
     num_free = block_collect(costs.n, s.list, costs.n, free);
   }

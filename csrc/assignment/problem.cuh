@@ -56,6 +56,7 @@ struct Arguments {
   int64_t workspace_stride;  // bytes per problem
   int64_t state_bytes;       // of it, for phases whose state does not fit into shared memory
   bool paths_in_shared;      // whether that of the paths does
+  bool with_levels;          // whether columns are kept a second time, see columns.cuh
 
   __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }
   __host__ __device__ int max_m() const { return rows < columns ? columns : rows; }
@@ -67,6 +68,7 @@ __host__ __device__ inline int padded(int m) { return (m + 3) / 4 * 4; }
 constexpr int kMostThreads = 1024;  // of a block
 constexpr int kListed = 4;          // candidates per lane of the warp that reads a row
 constexpr int kListColumns = 1024;  // with fewer columns a list is no shorter than its row
+constexpr int kLevelRows = 16;      // whose levels are written at once
 
 // Hands out consecutive arrays of a memory block, or, with a null base, only counts the bytes.
 struct Carver {
@@ -84,15 +86,16 @@ struct Carver {
 // State of the sequential phases: in shared memory, or in the workspace if it does not fit.
 struct State {
   double* v;       // (padded m) column duals, 0 beyond the last column
-  double* u;       // (n) row duals
+  double* u;       // (padded n) row duals
   int* row_of;     // (m) matched row of a column, or -1
   int* column_of;  // (n) matched column of a row, or -1
   int* path;       // (m) predecessor on a shortest path; while bidding: the row that wins a column
   int* list;       // (n) rows or columns at work
   // Bidding:
   uint64_t* best;  // (m) the best bid for a column
-  double* bid;     // (n) the bid of each in the list
+  double* bid;     // (n) the bid of each in the list, in a cluster two rounds' in turn
   int* target;     // (n) and what it is for
+  int page;        // from one round's bids to the next's
   // Paths:
   int* twin;      // (n) the first row with the same costs
   int* waiting;   // (m) columns to release
@@ -100,13 +103,21 @@ struct State {
   void* limit;    // of nodes, see graphs.cuh, in the costs' type or a wider one,
   float* key;     // and their keys: only without groups, else in registers
 
-  __host__ __device__ int64_t carve_for_bidding(unsigned char* base, int n, int m) {
+  // `blocks` of the cluster.
+  __host__ __device__ int64_t carve_for_bidding(unsigned char* base, int n, int m, int blocks) {
     Carver carver{base};
     carve_matching(carver, n, m);
+    page = blocks > 1 ? n : 0;
     best = carver.take<uint64_t>(m);
-    bid = carver.take<double>(n);
-    target = carver.take<int>(n);
+    bid = carver.take<double>(n + page);
+    target = carver.take<int>(n + page);
     return carver.used;
+  }
+
+  // A block of a cluster may write the next round's bids while another still reads this one's.
+  __device__ void turn_page() {
+    bid += page, target += page;
+    page = -page;
   }
 
   // `groups` as in Plan.
@@ -125,7 +136,7 @@ struct State {
  private:
   __host__ __device__ void carve_matching(Carver& carver, int n, int m) {
     v = carver.take<double>(padded(m));
-    u = carver.take<double>(n);
+    u = carver.take<double>(padded(n));
     row_of = carver.take<int>(m);
     column_of = carver.take<int>(n);
     path = carver.take<int>(m);
@@ -140,6 +151,20 @@ struct Lists {
   int* column;   // the same
   float* bound;  // (n, kWarp)
 };
+
+// Columns at 8 bits per cost, see columns.cuh.
+struct Levels {
+  unsigned char* level;  // (m, pitch), or null: columns are read from the costs
+  double* low;           // (m)
+  double* step;          // (m)
+  int pitch;             // n, padded
+
+  __device__ unsigned char* column(int j) const { return level + static_cast<int64_t>(j) * pitch; }
+};
+
+__host__ __device__ inline int level_pitch(int n) {
+  return (n + kLevelRows - 1) / kLevelRows * kLevelRows;
+}
 
 struct Workspace {
   Scalars* scalars;
@@ -157,6 +182,7 @@ struct Workspace {
   void* list_cost;     // (n, kWarp, kListed) candidates, from kListColumns on
   int* list_column;    // the same
   float* list_bound;   // (n, kWarp)
+  Levels levels;
   unsigned char* state;
 
   __host__ __device__ int64_t carve(unsigned char* base, const Arguments& a) {
@@ -177,6 +203,10 @@ struct Workspace {
     list_cost = carver.take<unsigned char>(candidates * a.cost_bytes);
     list_column = carver.take<int>(candidates);
     list_bound = carver.take<float>(candidates / kListed);
+    levels.pitch = level_pitch(a.max_n());
+    levels.level = carver.take<unsigned char>(a.with_levels ? m * levels.pitch : 0);
+    levels.low = carver.take<double>(a.with_levels ? m : 0);
+    levels.step = carver.take<double>(a.with_levels ? m : 0);
     state = carver.take<unsigned char>(a.state_bytes);
     return carver.used;
   }
@@ -289,6 +319,16 @@ struct Problem {
   }
   __device__ bool failed() const { return work.scalars->status != kOk; }
 };
+
+// The problem's, anew from the arguments: kept, they would take registers that bidding needs.
+template <class T>
+__device__ Levels levels_of(const Arguments& a) {
+  const Problem<T> p(a);
+  Levels levels = p.work.levels;
+  // A problem read through swapped strides has its columns in whole lines already.
+  if (!a.with_levels || p.swapped) levels.level = nullptr;
+  return levels;
+}
 
 // A row's own order of the columns, for ties: it starts at `turn`, far from where its neighbours
 // start.

@@ -3,8 +3,10 @@
 //
 //   struct Launcher {
 //     void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared, const
-//     Arguments&) const;
+//     Arguments&, int cluster = 1) const;
 //   };
+//
+// With `cluster` > 1 the grid's y axis is one cluster of as many blocks.
 //
 // No launch depends on data, so the sequence can be captured in a graph; kernels with nothing to do
 // return at once.
@@ -29,6 +31,8 @@ inline int threads_for(int wanted, int most) {
 // owns.
 struct Plan {
   int64_t bid_shared;   // bytes of shared memory for bidding; 0: its state is in the workspace
+  int bid_blocks;       // that bid for one problem, a cluster
+  bool with_levels;     // whether the auction keeps columns a second time, see columns.cuh
   int64_t path_shared;  // and for the paths
   int path_threads;
   int groups;  // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
@@ -37,12 +41,27 @@ struct Plan {
 // Most bytes of shared memory that a kernel declares itself: the slots of searches and reductions.
 constexpr int kStaticShared = 6 * 1024;
 
-inline Plan make_plan(int max_n, int max_m, int shared_limit) {
+constexpr int kManyRows = 1024;        // from here on bidding is most of the time
+constexpr int kBlocksAtOnce = 128;     // of clusters, on an H100: 16 of 8, 32 of 4
+
+inline void plan_bidding(Plan& plan, int max_n, int max_m, int64_t limit, int blocks) {
+  State s;
+  plan.bid_blocks = blocks;
+  plan.bid_shared = s.carve_for_bidding(nullptr, max_n, max_m, blocks);
+  if (plan.bid_shared <= limit) return;
+  plan.bid_shared = 0;
+  if (blocks > 1) plan_bidding(plan, max_n, max_m, limit, 1);
+}
+
+// `most_blocks` that a cluster may have; 1: the device knows none.
+inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int most_blocks) {
   const int64_t limit = shared_limit - kStaticShared;
   State s;
   Plan plan{};
-  plan.bid_shared = s.carve_for_bidding(nullptr, max_n, max_m);
-  if (plan.bid_shared > limit) plan.bid_shared = 0;
+  int blocks = max_n < kManyRows ? 1 : most_blocks;
+  while (blocks > 1 && int64_t{blocks} * batch > kBlocksAtOnce) blocks /= 2;
+  plan_bidding(plan, max_n, max_m, limit, blocks);
+  plan.with_levels = max_n >= kManyRows;
   plan.groups = max_m <= 4 * kPathThreads ? 1 : max_m <= 16 * kPathThreads ? 4 : 0;
   plan.path_threads = threads_for(ceil_div(max_m, 4), kPathThreads);
   plan.path_shared = s.carve_for_paths(nullptr, max_n, max_m, plan.groups);
@@ -54,9 +73,10 @@ inline Plan make_plan(int max_n, int max_m, int shared_limit) {
 inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
   State s;
   const int64_t bidding =
-      plan.bid_shared > 0 ? 0 : s.carve_for_bidding(nullptr, a.max_n(), a.max_m());
+      plan.bid_shared > 0 ? 0 : s.carve_for_bidding(nullptr, a.max_n(), a.max_m(), 1);
   const int64_t paths =
       plan.path_shared > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), plan.groups);
+  a.with_levels = plan.with_levels;
   a.paths_in_shared = plan.path_shared > 0;
   a.state_bytes = bidding > paths ? bidding : paths;
   Workspace w;
@@ -99,8 +119,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
     const int bid_threads = threads_for(ceil_div(a.max_m(), 4), kBidThreads);
-    launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>, problems, bid_threads,
-           plan.bid_shared, a);
+    launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>,
+           dim3(a.batch, plan.bid_blocks), bid_threads, plan.bid_shared, a, plan.bid_blocks);
     if (plan.groups == 1)
       finish<T, 1>(launch, a, plan, stripes, stripe_threads);
     else if (plan.groups == 4)

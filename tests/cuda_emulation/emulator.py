@@ -59,7 +59,7 @@ def _compile(*arguments: str | pathlib.Path) -> None:
 def library() -> ctypes.CDLL:
     """The emulated solver, compiled once per process."""
     out = pathlib.Path(tempfile.mkdtemp(prefix="croc-emulation-")) / "libemulation.so"
-    strict = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    strict = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
     _compile(*strict, HERE / "emulation.cpp", HERE / "entry.cpp", "-o", out)
     loaded = ctypes.CDLL(str(out))
     shutil.rmtree(out.parent)
@@ -80,8 +80,11 @@ def solve(
     maximize: bool = False,
     seed: int = 0,
     shared_limit: int = H100_SHARED,
+    blocks: int = 0,
 ) -> Solution:
     """Solve (B, N, M) float32 or float64 costs; ``seed`` shuffles the schedule, 0 does not.
+
+    ``blocks`` bid for a problem as a cluster, with columns kept at 8 bits; 0: what the size asks for.
 
     Raises:
         RuntimeError: the emulation met something a GPU leaves undefined.
@@ -106,6 +109,7 @@ def solve(
         *map(_pointer, outputs),
         ctypes.c_uint64(seed),
         ctypes.c_int64(shared_limit),
+        blocks,
     )
     if error:
         raise RuntimeError(error.decode())
@@ -148,7 +152,7 @@ def racecheck(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProc
             target = folder / f"{source}.o"
             _compile("-O1", "-g", *flags, "-c", HERE / f"{source}.cpp", "-o", target)
         objects = [folder / f"{name}.o" for name in ("emulation", "racecheck", "entry")]
-        _compile("-fsanitize=thread", *objects, "-o", program)
+        _compile("-fsanitize=thread", "-pthread", *objects, "-o", program)
     # The sanitizer's fixed addresses collide with random ones on newer kernels.
     fixed = [setarch, "-R"] if (setarch := shutil.which("setarch")) else []
     command = [*fixed, str(program), *arguments]

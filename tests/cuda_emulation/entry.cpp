@@ -10,8 +10,8 @@ using namespace croc::gpu;
 
 struct Launcher {
   void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
-                  const Arguments& a) const {
-    emulation::launch([=] { kernel(a); }, grid, threads, shared);
+                  const Arguments& a, int cluster = 1) const {
+    emulation::launch([=] { kernel(a); }, grid, threads, shared, cluster);
   }
 };
 
@@ -53,12 +53,13 @@ void race(int* out) {
 }  // namespace
 
 // Solves a batch; `shared_limit` is what a block of the pretended device has. `counters` gets
-// kCounters ints per problem. Returns null, or what went wrong.
+// kCounters ints per problem. `blocks` bid together whatever the size, and columns are kept a second time;
+// 0: as for this size on a device with clusters. Returns null, or what went wrong.
 extern "C" const char* emulate(const void* cost, int is_double, int batch, int rows, int columns,
                                const void* num_rows, int wide_num_rows, int maximize,
                                int64_t* index, double* row_dual, double* column_dual, double* gap,
                                int32_t* status, int* counters, uint64_t seed,
-                               int64_t shared_limit) {
+                               int64_t shared_limit, int blocks) {
   emulation::start(seed);
   Arguments a{};
   a.cost = cost, a.num_rows = num_rows, a.wide_num_rows = wide_num_rows;
@@ -66,7 +67,11 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
   a.maximize = maximize, a.cost_bytes = is_double ? 8 : 4, a.batch = batch, a.rows = rows, a.columns = columns;
   a.index = index, a.row_dual = row_dual, a.column_dual = column_dual, a.gap = gap,
   a.status = status;
-  const Plan plan = make_plan(a.max_n(), a.max_m(), static_cast<int>(shared_limit));
+  Plan plan = make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit), kMostBlocks);
+  if (blocks > 0) {
+    plan_bidding(plan, a.max_n(), a.max_m(), shared_limit - kStaticShared, blocks);
+    plan.with_levels = true;
+  }
   const int64_t bytes = plan_workspace(a, plan);
   std::vector<unsigned char> workspace(bytes + 4096, kPoison);
   a.workspace = workspace.data();
@@ -90,7 +95,7 @@ extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t sha
                                    int* groups) {
   Arguments a{};
   a.batch = batch, a.rows = rows, a.columns = columns, a.cost_bytes = 4;
-  const Plan plan = make_plan(a.max_n(), a.max_m(), static_cast<int>(shared_limit));
+  const Plan plan = make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit), kMostBlocks);
   *groups = plan.groups;
   return plan_workspace(a, plan);
 }

@@ -1,0 +1,70 @@
+// The columns of a problem, transposed and with 8 bits per cost: a quarter of the costs' memory. Column after
+// column can then be read in whole lines, where its costs lie a row apart.
+//
+// A level tells between which two numbers a cost is, rounding included:
+//
+//   fma(level, step, low) <= cost <= fma(level + 1, step, low)
+//
+// and the same holds for both sides less a row's dual, since rounding keeps order. So the second
+// least upper end bounds the second least reduced cost, and only what has a lower end within that
+// bound is read from the costs themselves: the result is that of reading all of them.
+#pragma once
+
+#include "cluster.cuh"
+#include "problem.cuh"
+
+namespace croc::gpu {
+
+constexpr unsigned kNoLevel = 255;  // +inf, or beyond the last row: only the lower end holds
+constexpr double kLevels = 254.0;
+constexpr int kRowsPerWord = 4;
+constexpr int kHeldWords = 16;  // of a lane at once: 64 rows, one bit each
+
+struct alignas(16) LevelWords {
+  unsigned of[kLevelRows / kRowsPerWord];
+};
+
+__device__ inline unsigned level_of(double cost, double low, double step, double per_step) {
+  if (!is_finite(cost)) return kNoLevel;
+  int level = static_cast<int>(fmin(kLevels, (cost - low) * per_step));
+  while (level > 0 && fma(static_cast<double>(level), step, low) > cost) --level;
+  while (level < 254 && fma(level + 1.0, step, low) <= cost) ++level;
+  return static_cast<unsigned>(level);
+}
+
+// A lane takes a column, so that a warp reads rows in whole lines. By all warps of the cluster;
+// the caller waits for them.
+template <class T>
+__device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels levels) {
+  if (levels.level == nullptr) return;
+  for (int group = cluster_warp(); group * kWarp < costs.m; group += cluster_warps()) {
+    const int column = group * kWarp + lane_id();
+    if (column >= costs.m) continue;
+    double low = infinity(), high = -infinity();
+#pragma unroll 8
+    for (int i = 0; i < costs.n; ++i) {
+      const double x = costs.at(i, column);
+      low = lesser(low, x);
+      high = is_finite(x) ? greater(high, x) : high;
+    }
+    low = is_finite(low) ? low : 0.0;
+    // A little more than a 254th of the range, so that the last level ends beyond it.
+    const double step = high > low ? fmax((high - low) * (0x1.00001p0 / kLevels), 0x1p-1000) : 0.0;
+    const double per_step = step > 0.0 ? 1.0 / step : 0.0;
+    levels.low[column] = low;
+    levels.step[column] = step;
+    for (int first = 0; first < costs.n; first += kLevelRows) {
+      double x[kLevelRows];
+#pragma unroll
+      for (int k = 0; k < kLevelRows; ++k)
+        x[k] = first + k < costs.n ? costs.at(first + k, column) : infinity();
+      LevelWords words = {};
+#pragma unroll
+      for (int k = 0; k < kLevelRows; ++k)
+        words.of[k / kRowsPerWord] |= level_of(x[k], low, step, per_step) << 8 * (k % kRowsPerWord);
+      *reinterpret_cast<LevelWords*>(levels.column(column) + first) = words;
+    }
+  }
+}
+
+}  // namespace croc::gpu
