@@ -14,12 +14,21 @@ constexpr int kEnoughFree = 8;     // one row less costs bidding more than a pat
 constexpr int kFirstRounds = 40;   // before the auction is considered
 constexpr int kMoreRounds = 40;    // where it is not needed
 constexpr int kAuctionShare = 3;   // considered when more than n / 3 rows are free
-constexpr int kAuctionMost = 144;  // or more than this many, whatever n is
+constexpr int kAuctionMost = 160;  // or more than this many, whatever n is
 constexpr int kAuctionLeast = 32;  // and never with fewer
-constexpr int kAuctionPhases = 4;  // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
 constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
 constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
+
+// epsilon = the costs' local scale times `first`, and `fall` times the one before.
+struct Schedule {
+  double first, fall;
+  int phases;
+};
+
+__device__ inline Schedule schedule_for(int n) {
+  return n < kManyRows ? Schedule{1.0, 0.25, 4} : Schedule{2.0, 0.125, 3};
+}
 
 struct Offer {
   double least, second;  // the two smallest reduced costs of the column
@@ -228,6 +237,7 @@ template <class T>
 __device__ int bid_all(const Arguments& a, const Costs<T>& costs, const Lists<T>& lists,
                        State& s, const Scalars& scalars,
                        int* counters) {
+  const Schedule schedule = schedule_for(costs.n);
   double epsilon = 0.0;
   int limit = kFirstRounds, enough = kEnoughFree;
   for (int phase = -1;; ++phase) {  // one call of `bid`: more would be as many copies of it
@@ -237,11 +247,11 @@ __device__ int bid_all(const Arguments& a, const Costs<T>& costs, const Lists<T>
       if (needs_auction(num_free, costs.n) && counters[kRounds] == kFirstRounds) {
         make_levels(costs, levels_of<T>(a));
         cluster_wait();
-        epsilon = -on_grid(-scalars.spread, scalars);
+        epsilon = -on_grid(-schedule.first * scalars.spread, scalars);
       }
     } else {
       const bool done = num_free == 0 && bid_columns(costs, levels_of<T>(a), s, epsilon, counters);
-      epsilon = done && phase + 1 < kAuctionPhases ? -on_grid(-0.25 * epsilon, scalars) : 0.0;
+      epsilon = done && phase + 1 < schedule.phases ? -on_grid(-schedule.fall * epsilon, scalars) : 0.0;
       drop_loose_pairs(costs, lists, s, epsilon);
     }
     limit = epsilon > 0.0 ? kAuctionRounds : kMoreRounds;

@@ -68,6 +68,7 @@ __host__ __device__ inline int padded(int m) { return (m + 3) / 4 * 4; }
 constexpr int kMostThreads = 1024;  // of a block
 constexpr int kListed = 4;          // candidates per lane of the warp that reads a row
 constexpr int kListColumns = 1024;  // with fewer columns a list is no shorter than its row
+constexpr int kManyRows = 1024;     // from here on bidding takes most of the time
 constexpr int kLevelRows = 16;      // whose levels are written at once
 
 // Hands out consecutive arrays of a memory block, or, with a null base, only counts the bytes.

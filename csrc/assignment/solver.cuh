@@ -41,7 +41,6 @@ struct Plan {
 // Most bytes of shared memory that a kernel declares itself: the slots of searches and reductions.
 constexpr int kStaticShared = 6 * 1024;
 
-constexpr int kManyRows = 1024;        // from here on bidding is most of the time
 constexpr int kBlocksAtOnce = 128;     // of clusters, on an H100: 16 of 8, 32 of 4
 
 inline void plan_bidding(Plan& plan, int max_n, int max_m, int64_t limit, int blocks) {
