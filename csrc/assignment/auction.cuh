@@ -72,42 +72,48 @@ __device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels levels, const d
   const unsigned char* its_levels = levels.column(column);
   const int start = kRowsPerWord * (part * kWarp + lane_id());
   const int stride = kRowsPerWord * parts * kWarp;
-  const auto visit = [&](int first, auto each) {
-    const unsigned word = *reinterpret_cast<const unsigned*>(its_levels + first);
-    double u[kRowsPerWord];
-    four(row_dual, first, u);
-#pragma unroll
-    for (int k = 0; k < kRowsPerWord; ++k) each(k, word >> 8 * k & 255u, u[k]);
+  const auto visit = [&](int from, int to, auto each) {
+#pragma unroll 8
+    for (int first = from; first < to; first += stride) {
+      const unsigned word = *reinterpret_cast<const unsigned*>(its_levels + first);
+      double u[kRowsPerWord];
+      four(row_dual, first, u);
+      each(word, u);
+    }
   };
   double nearest = infinity();  // upper end
-#pragma unroll 8
-  for (int first = start; first < costs.n; first += stride)
-    visit(first, [&](int, unsigned level, double u) {
-      const double upper = fma(level + 1.0, step, low) - u;
+  visit(start, costs.n, [&](unsigned word, const double(&u)[kRowsPerWord]) {
+#pragma unroll
+    for (int k = 0; k < kRowsPerWord; ++k) {
+      const unsigned level = level_in(word, k);
+      const double upper = fma(number_of(level) + 1.0, step, low) - u[k];
       nearest = level != kNoLevel ? lesser(nearest, upper) : nearest;
-    });
+    }
+  });
   // Of two lanes' nearest, the further: at least two rows are that near.
-  const Least found = warp_least({ordered(nearest), static_cast<unsigned>(lane_id())});
-  const double bound = from_ordered(
-      warp_min(found.key == static_cast<unsigned>(lane_id()) ? ordered(infinity()) : ordered(nearest)));
+  const unsigned lane = static_cast<unsigned>(lane_id());
+  const Least found = warp_least({ordered(nearest), lane});
+  const double bound = from_ordered(warp_min(ordered(found.key == lane ? infinity() : nearest)));
   double least = infinity(), second = infinity();
   unsigned key = ~0u;
   for (int chunk = start; chunk < costs.n; chunk += kHeldWords * stride) {
     uint64_t promising = 0;
-#pragma unroll 8
-    for (int w = 0; w < kHeldWords; ++w) {
-      const int first = chunk + w * stride;
-      if (first >= costs.n) break;
-      visit(first, [&](int k, unsigned level, double u) {
-        const bool is = fma(static_cast<double>(level), step, low) - u <= bound;
-        promising |= static_cast<uint64_t>(is && first + k < costs.n) << (kRowsPerWord * w + k);
-      });
-    }
+    int bit = 0;
+    visit(chunk, min(costs.n, chunk + kHeldWords * stride),
+          [&](unsigned word, const double(&u)[kRowsPerWord]) {
+#pragma unroll
+            for (int k = 0; k < kRowsPerWord; ++k) {
+              const bool is = fma(number_of(level_in(word, k)), step, low) - u[k] <= bound;
+              promising |= static_cast<uint64_t>(is) << (bit + k);
+            }
+            bit += kRowsPerWord;
+          });
     while (promising != 0) {
-      const int bit = __ffsll(static_cast<long long>(promising)) - 1;
+      const int which = __ffsll(static_cast<long long>(promising)) - 1;
       promising &= promising - 1;
-      const int row = chunk + bit / kRowsPerWord * stride + bit % kRowsPerWord;
-      add_offer(costs.at(row, column) - row_dual[row], row, least, second, key);
+      const int row = chunk + which / kRowsPerWord * stride + which % kRowsPerWord;
+      if (row < costs.n)
+        add_offer(costs.at(row, column) - row_dual[row], row, least, second, key);
     }
   }
   return warp_offer(least, second, key);
