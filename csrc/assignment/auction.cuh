@@ -66,7 +66,7 @@ __device__ Offer find_offer(const Costs<T>& costs, const State& s, int column, i
 
 // The same from the column's levels.
 template <class T>
-__device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels levels, const double* row_dual,
+__device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels<T> levels, const double* row_dual,
                                           int column, int part, int parts) {
   const double low = levels.low[column], step = levels.step[column];
   const unsigned char* its_levels = levels.column(column);
@@ -122,7 +122,7 @@ __device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels levels, const d
 // Every listed column offers its nearest row a place at a price that its second choice sets, or
 // gives up its price. Where columns are few, several warps share one.
 template <class T>
-__device__ void place_offers(const Costs<T>& costs, const Levels& levels, const State& s, int count,
+__device__ void place_offers(const Costs<T>& costs, const Levels<T>& levels, const State& s, int count,
                              double epsilon) {
   __shared__ Offer offers[kWarp];
   int parts = 1;
@@ -194,7 +194,7 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
 // Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row
 // must be matched. Columns at work are few, so each block of a cluster repeats these rounds and none waits.
 template <class T>
-__device__ bool bid_columns(const Costs<T>& costs, const Levels& levels, const State& s,
+__device__ bool bid_columns(const Costs<T>& costs, const Levels<T>& levels, const State& s,
                             double epsilon, int* counters) {
   for (int i = threadIdx.x; i < costs.n; i += blockDim.x)
     s.u[i] = costs.at(i, s.column_of[i]) - s.v[s.column_of[i]];
@@ -241,7 +241,7 @@ __device__ inline bool needs_auction(int num_free, int n) {
 // All bidding. Returns the number of rows left free, listed in s.list.
 template <class T>
 __device__ int bid_all(const Arguments& a, const Costs<T>& costs, const Lists<T>& lists,
-                       State& s, const Scalars& scalars,
+                       State& s, Scalars& scalars,
                        int* counters) {
   const Schedule schedule = schedule_for(costs.n);
   double epsilon = 0.0;
@@ -253,6 +253,8 @@ __device__ int bid_all(const Arguments& a, const Costs<T>& costs, const Lists<T>
       if (needs_auction(num_free, costs.n) && counters[kRounds] == kFirstRounds) {
         make_levels(costs, levels_of<T>(a));
         cluster_wait();
+        if (threadIdx.x == 0 && cluster_rank() == 0)
+          scalars.with_levels = levels_of<T>(a).level != nullptr;
         epsilon = -on_grid(-schedule.first * scalars.spread, scalars);
       }
     } else {

@@ -42,7 +42,7 @@ __device__ inline unsigned level_of(double cost, double low, double step, double
 // A lane takes a column, so that a warp reads rows in whole lines. By all warps of the cluster;
 // the caller waits for them.
 template <class T>
-__device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels levels) {
+__device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels<T> levels) {
   if (levels.level == nullptr) return;
   for (int group = cluster_warp(); group * kWarp < costs.m; group += cluster_warps()) {
     const int column = group * kWarp + lane_id();
@@ -55,11 +55,13 @@ __device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels levels) {
       high = is_finite(x) ? greater(high, x) : high;
     }
     low = is_finite(low) ? low : 0.0;
-    // A little more than a 254th of the range, so that the last level ends beyond it.
-    const double step = high > low ? fmax((high - low) * (0x1.00001p0 / kLevels), 0x1p-1000) : 0.0;
-    const double per_step = step > 0.0 ? 1.0 / step : 0.0;
-    levels.low[column] = low;
-    levels.step[column] = step;
+    // A little more than a 254th of the range, so that the last level ends beyond it, with the least
+    // double for ranges that have few bits.
+    const double range = high > low ? high - low : 0.0;
+    const T its_step = rounded_up(T(), range * (0x1.00001p0 / kLevels) + 0x1p-1074);
+    const double step = its_step, per_step = step > 0.0 ? 1.0 / step : 0.0;
+    levels.low[column] = static_cast<T>(low);
+    levels.step[column] = its_step;
     for (int first = 0; first < costs.n; first += kLevelRows) {
       double x[kLevelRows];
 #pragma unroll

@@ -31,6 +31,7 @@ struct Scalars {
   int low_exponent;    // every finite cost is a multiple of 2^low_exponent
   int high_exponent;   // and smaller than 2^(high_exponent + 1)
   int from_means;      // the start of the column duals: 1 column means, 0 zero
+  int with_levels;     // 1 if the columns' levels are there, see columns.cuh
   int raised;          // 1 if an unmatched column has a negative dual
   double spread;       // local scale: distance from a row's least reduced cost to about its ninth,
                        // median row
@@ -56,7 +57,7 @@ struct Arguments {
   int64_t workspace_stride;  // bytes per problem
   int64_t state_bytes;       // of it, for phases whose state does not fit into shared memory
   bool paths_in_shared;      // whether that of the paths does
-  bool with_levels;          // whether columns are kept a second time, see columns.cuh
+  int level_rows;            // problems with as many rows have levels, see columns.cuh
 
   __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }
   __host__ __device__ int max_m() const { return rows < columns ? columns : rows; }
@@ -154,10 +155,11 @@ struct Lists {
 };
 
 // Columns at 8 bits per cost, see columns.cuh.
+template <class T>
 struct Levels {
   unsigned char* level;  // (m, pitch), or null: columns are read from the costs
-  double* low;           // (m)
-  double* step;          // (m)
+  T* low;                // (m)
+  T* step;               // (m)
   int pitch;             // n, padded
 
   __device__ unsigned char* column(int j) const { return level + static_cast<int64_t>(j) * pitch; }
@@ -183,7 +185,9 @@ struct Workspace {
   void* list_cost;     // (n, kWarp, kListed) candidates, from kListColumns on
   int* list_column;    // the same
   float* list_bound;   // (n, kWarp)
-  Levels levels;
+  unsigned char* level;  // (m, level_pitch) columns at 8 bits per cost
+  void* level_low;       // (m)
+  void* level_step;      // (m)
   unsigned char* state;
 
   __host__ __device__ int64_t carve(unsigned char* base, const Arguments& a) {
@@ -204,10 +208,10 @@ struct Workspace {
     list_cost = carver.take<unsigned char>(candidates * a.cost_bytes);
     list_column = carver.take<int>(candidates);
     list_bound = carver.take<float>(candidates / kListed);
-    levels.pitch = level_pitch(a.max_n());
-    levels.level = carver.take<unsigned char>(a.with_levels ? m * levels.pitch : 0);
-    levels.low = carver.take<double>(a.with_levels ? m : 0);
-    levels.step = carver.take<double>(a.with_levels ? m : 0);
+    const int64_t levelled = n < a.level_rows ? 0 : m;
+    level = carver.take<unsigned char>(levelled * level_pitch(a.max_n()));
+    level_low = carver.take<unsigned char>(levelled * a.cost_bytes);
+    level_step = carver.take<unsigned char>(levelled * a.cost_bytes);
     state = carver.take<unsigned char>(a.state_bytes);
     return carver.used;
   }
@@ -323,12 +327,11 @@ struct Problem {
 
 // The problem's, anew from the arguments: kept, they would take registers that bidding needs.
 template <class T>
-__device__ Levels levels_of(const Arguments& a) {
+__device__ Levels<T> levels_of(const Arguments& a) {
   const Problem<T> p(a);
-  Levels levels = p.work.levels;
   // A problem read through swapped strides has its columns in whole lines already.
-  if (!a.with_levels || p.swapped) levels.level = nullptr;
-  return levels;
+  return {p.n < a.level_rows || p.swapped ? nullptr : p.work.level, static_cast<T*>(p.work.level_low),
+          static_cast<T*>(p.work.level_step), level_pitch(a.max_n())};
 }
 
 // A row's own order of the columns, for ties: it starts at `turn`, far from where its neighbours

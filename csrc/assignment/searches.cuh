@@ -75,8 +75,25 @@ __global__ void raise_columns(Arguments a) {
   p.work.v[column] = fmin(0.0, fmax(p.work.v[column], least));
 }
 
-// Grid (batch).
-template <class T, int kGroups>
+// One search per column of the list `waiting`.
+template <class T, int kGroups, class Graph>
+__device__ void release_listed(const Problem<T>& p, const Graph& graph, int count) {
+  int reads = 0, steps = 0;
+  for (int k = 0; k < count; ++k) {
+    const int source = graph.s.waiting[k];
+    const Release end = shortest_release<T, kGroups>(graph, source);
+    reads += end.reads, steps += end.steps;
+    release(p.costs, graph.s, source, end);
+  }
+  if (threadIdx.x == 0) {
+    p.scalars().counters[kColumnScans] = reads;
+    p.scalars().counters[kColumnSteps] = steps;
+    p.scalars().counters[kReleased] = count;
+  }
+}
+
+// Grid (batch). `kLevels`: some problems' columns may be there at 8 bits per cost.
+template <class T, int kGroups, bool kLevels>
 __global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) {
   CROC_DYNAMIC_SHARED(shared);
   const Problem<T> p(a);
@@ -86,19 +103,12 @@ __global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) 
   load_state(p, s);
   const int count =
       block_collect(p.m, s.waiting, p.m, [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
-  int reads = 0, steps = 0;
-  for (int k = 0; k < count; ++k) {
-    const int source = s.waiting[k];
-    const Release end = shortest_release<T, kGroups>(p.costs, s, source);
-    reads += end.reads, steps += end.steps;
-    release(p.costs, s, source, end);
-  }
+  const ColumnGraph<T> graph{p.costs, s};
+  if (kLevels && p.scalars().with_levels)
+    release_listed<T, kGroups>(p, LevelGraph<T>{graph, levels_of<T>(a)}, count);
+  else
+    release_listed<T, kGroups>(p, graph, count);
   store_state(p, s);
-  if (threadIdx.x == 0) {
-    p.scalars().counters[kColumnScans] = reads;
-    p.scalars().counters[kColumnSteps] = steps;
-    p.scalars().counters[kReleased] = count;
-  }
 }
 
 }  // namespace croc::gpu

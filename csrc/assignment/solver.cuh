@@ -32,7 +32,7 @@ inline int threads_for(int wanted, int most) {
 struct Plan {
   int64_t bid_shared;   // bytes of shared memory for bidding; 0: its state is in the workspace
   int bid_blocks;       // that bid for one problem, a cluster
-  bool with_levels;     // whether the auction keeps columns a second time, see columns.cuh
+  int level_rows;       // as in Arguments
   int64_t path_shared;  // and for the paths
   int path_threads;
   int groups;  // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
@@ -60,7 +60,7 @@ inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int mos
   int blocks = max_n < kManyRows ? 1 : most_blocks;
   while (blocks > 1 && int64_t{blocks} * batch > kBlocksAtOnce) blocks /= 2;
   plan_bidding(plan, max_n, max_m, limit, blocks);
-  plan.with_levels = max_n >= kManyRows;
+  plan.level_rows = kManyRows;
   plan.groups = max_m <= 4 * kPathThreads ? 1 : max_m <= 16 * kPathThreads ? 4 : 0;
   plan.path_threads = threads_for(ceil_div(max_m, 4), kPathThreads);
   plan.path_shared = s.carve_for_paths(nullptr, max_n, max_m, plan.groups);
@@ -75,7 +75,7 @@ inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
       plan.bid_shared > 0 ? 0 : s.carve_for_bidding(nullptr, a.max_n(), a.max_m(), 1);
   const int64_t paths =
       plan.path_shared > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), plan.groups);
-  a.with_levels = plan.with_levels;
+  a.level_rows = plan.level_rows;
   a.paths_in_shared = plan.path_shared > 0;
   a.state_bytes = bidding > paths ? bidding : paths;
   Workspace w;
@@ -89,7 +89,8 @@ void finish(const Launcher& launch, const Arguments& a, const Plan& plan, dim3 s
   const dim3 problems(a.batch);
   launch(match_rows<T, kGroups>, problems, plan.path_threads, plan.path_shared, a);
   launch(raise_columns<T>, stripes, stripe_threads, 0, a);
-  launch(release_columns<T, kGroups>, problems, plan.path_threads, plan.path_shared, a);
+  launch(a.max_n() < a.level_rows ? release_columns<T, kGroups, false> : release_columns<T, kGroups, true>,
+         problems, plan.path_threads, plan.path_shared, a);
 }
 
 template <class T, class Launcher>

@@ -53,7 +53,7 @@ void race(int* out) {
 }  // namespace
 
 // Solves a batch; `shared_limit` is what a block of the pretended device has. `counters` gets
-// kCounters ints per problem. `blocks` bid together whatever the size, and columns are kept a second time;
+// kCounters ints per problem. `blocks` bid together whatever the size, and every problem's columns are kept at 8 bits;
 // 0: as for this size on a device with clusters. Returns null, or what went wrong.
 extern "C" const char* emulate(const void* cost, int is_double, int batch, int rows, int columns,
                                const void* num_rows, int wide_num_rows, int maximize,
@@ -70,7 +70,7 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
   Plan plan = make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit), kMostBlocks);
   if (blocks > 0) {
     plan_bidding(plan, a.max_n(), a.max_m(), shared_limit - kStaticShared, blocks);
-    plan.with_levels = true;
+    plan.level_rows = 1;
   }
   const int64_t bytes = plan_workspace(a, plan);
   std::vector<unsigned char> workspace(bytes + 4096, kPoison);
