@@ -137,7 +137,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": versions,
         "absent": [] if "lapx" in versions else ["lapx"],
-        "commit": git("rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("CROC_COMMIT") or git("rev-parse", "--short", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--", "csrc", "croc_kernels/assignment")),
     }
 

@@ -4,14 +4,16 @@
 //   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu
 //   -o scan && ./scan
 //
-// With arguments, FILE B N M, it solves the float32 costs in the file instead of its own. Prints one JSON object per line. Times are medians over repeated runs, from events; the first
-// runs are dropped.
+// With arguments, FILE B N M, it solves the float32 costs in the file instead of its own. Prints one
+// JSON object per line. Times are medians over repeated runs, from events; the first runs are
+// dropped. Times of the phases of match_rows are of the last run, at the clock the device reports.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "assignment/launch.cuh"
@@ -51,12 +53,13 @@ __global__ void __launch_bounds__(kPathThreads, 1)
   CROC_DYNAMIC_SHARED(shared);
   const Problem<float> p(a);
   State s;
-  s.carve_for_paths(shared, a.max_n(), a.max_m(), kGroups);
+  s.carve(shared, a.max_n(), a.max_m(), kGroups);
   for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) s.v[j] = 0.0;
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.row_of[j] = j < p.n - 1 ? j : -1;
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.u[i] = 0.0, s.twin[i] = i;
+  if (threadIdx.x == 0) s.list[0] = p.n - 1;
   __syncthreads();
-  const PathEnd end = shortest_path<float, kGroups, true>(p.costs, s, p.n - 1);
+  const PathEnd end = shortest_path<float, kGroups, true>(p.costs, s, s.list);
   if (threadIdx.x == 0) reads[blockIdx.x] = end.reads, steps[blockIdx.x] = end.steps;
 }
 
@@ -80,14 +83,14 @@ void measure_scan(int batch, int n, int m, int threads) {
   int* reads = on_device(std::vector<int>(batch));
   int* steps = on_device(std::vector<int>(batch));
   CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.path_shared)));
+                             static_cast<int>(plan.shared)));
   cudaEvent_t begin, end;
   CHECK(cudaEventCreate(&begin));
   CHECK(cudaEventCreate(&end));
   std::vector<float> times;
   for (int run = 0; run < kWarmups + kRuns; ++run) {
     CHECK(cudaEventRecord(begin));
-    kernel<<<batch, threads, plan.path_shared>>>(a, reads, steps);
+    kernel<<<batch, threads, plan.shared>>>(a, reads, steps);
     CHECK(cudaGetLastError());
     CHECK(cudaEventRecord(end));
     CHECK(cudaEventSynchronize(end));
@@ -129,8 +132,16 @@ const char* const kNames[] = {
     "prepare",          "column_means",        "start_from_means", "compare_rows",
     "choose_start",     "sinkhorn_rows",       "sinkhorn_columns", "sinkhorn_rows",
     "sinkhorn_columns", "start_from_sinkhorn", "nearest_columns",  "find_twins",
-    "bid_rows",         "match_rows",          "raise_columns",    "release_columns",
-    "measure_slack",    "write_results"};
+    "match_rows",       "measure_slack",       "write_results"};
+
+// In the order of Counter.
+const char* const kCounterNames[] = {
+    "rounds",       "bids",         "column_rounds", "column_bids", "forests",
+    "forest_scans", "forest_steps", "paths",         "row_scans",   "row_steps",
+    "raise_rounds", "raise_bids",   "released",      "column_scans", "column_steps",
+    "bid_us",       "forest_us",    "auction_us",    "path_us",     "raise_us",
+    "release_us"};
+static_assert(sizeof kCounterNames / sizeof *kCounterNames == kCounters);
 constexpr size_t kLaunches = sizeof kNames / sizeof *kNames;
 
 // Column offsets and small noise as at the start of training, or uniform costs.
@@ -180,21 +191,33 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
   CHECK(cudaMemcpy(workspace.data(), a.workspace, workspace.size(), cudaMemcpyDeviceToHost));
   std::vector<double> gaps(batch);
   CHECK(cudaMemcpy(gaps.data(), a.gap, batch * 8, cudaMemcpyDeviceToHost));
-  int most[kCounters] = {};
+  // Of each counter the most of a problem, then those of the problem that took longest.
+  int clock_khz = 0, most[kCounters] = {}, slowest[kCounters] = {};
+  CHECK(cudaDeviceGetAttribute(&clock_khz, cudaDevAttrClockRate, 0));
+  int64_t longest = -1;
   for (int b = 0; b < batch; ++b) {
     Workspace w;
     w.carve(workspace.data() + b * a.workspace_stride, a);
-    for (int c = 0; c < kCounters; ++c) most[c] = std::max(most[c], w.scalars->counters[c]);
+    int* counters = w.scalars->counters;
+    int64_t cycles = 0;
+    for (int c = kBidTime; c < kCounters; ++c) {
+      cycles += counters[c];
+      counters[c] = static_cast<int>(1e3 * counters[c] / clock_khz);
+    }
+    for (int c = 0; c < kCounters; ++c) most[c] = std::max(most[c], counters[c]);
+    if (cycles > longest) std::copy_n(counters, kCounters, slowest);
+    longest = std::max(longest, cycles);
   }
-  std::printf(
-      "{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g, "
-      "\"rounds\": %d, \"bids\": %d, \"column_rounds\": %d, \"column_bids\": %d, "
-      "\"paths\": %d, \"row_scans\": %d, \"row_steps\": %d, \"released\": %d, "
-      "\"column_scans\": %d, \"column_steps\": %d, \"us\": {",
-      name.c_str(), batch, n, m, median(times[kLaunches]),
-      *std::max_element(gaps.begin(), gaps.end()), most[kRounds], most[kBids], most[kReverseRounds],
-      most[kReverseBids], most[kFreeRows], most[kRowScans], most[kRowSteps],
-      most[kReleased], most[kColumnScans], most[kColumnSteps]);
+  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g",
+              name.c_str(), batch, n, m, median(times[kLaunches]),
+              *std::max_element(gaps.begin(), gaps.end()));
+  for (const auto& [which, counters] : {std::pair("most", most), std::pair("slowest", slowest)}) {
+    std::printf(", \"%s\": {", which);
+    for (int c = 0; c < kCounters; ++c)
+      std::printf("%s\"%s\": %d", c > 0 ? ", " : "", kCounterNames[c], counters[c]);
+    std::printf("}");
+  }
+  std::printf(", \"us\": {");
   std::map<std::string, float> by_name;
   for (size_t k = 0; k < kLaunches; ++k) by_name[kNames[k]] += 1e3f * median(times[k]);
   const char* separator = "";

@@ -19,7 +19,7 @@ WARMUPS = 10
 MIN_ROUNDS, MAX_ROUNDS = 20, 100
 TARGET_SECONDS = 0.15  # of timed rounds per row
 SLOW_SECONDS = 0.1  # calls above it are warmed up SLOW_WARMUPS times, and run SLOW_ROUNDS times
-SLOW_WARMUPS, SLOW_ROUNDS = 1, 5
+SLOW_WARMUPS, SLOW_ROUNDS = 0, 3
 ENDLESS_SECONDS = 2.0  # calls above it are run once more, and their count says so
 FLUSH_BYTES = 256 << 20  # several times the largest L2 (H200: 60 MB)
 # Longer calls hide their launches, and a graph would keep all their memory.
@@ -214,7 +214,9 @@ def measure(
     if benchmark.disabled:
         benchmark.pedantic(call)
         return
-    estimate = seconds_of(call, device, 3 if cuda else 1)
+    estimate = seconds_of(call, device, 1)
+    if cuda and estimate <= SLOW_SECONDS:
+        estimate = seconds_of(call, device, 3)
     warmups, rounds = plan(estimate)
     if cuda:
         call, info = _on_cuda(call, device, estimate, info)

@@ -5,6 +5,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 ARCHS = (80, 90, 100)
 
@@ -42,6 +43,7 @@ class CompileCase:
 class CompileReport:
     """What the compiler made of a case.
 
+    ``unset``: instructions that read a register which nothing has written (:func:`unset_reads`).
     On sm_100 a kernel that wants more than 512 columns of tensor memory compiles to a trap, without
     an error: its ``has_mma`` is False.
     """
@@ -54,6 +56,7 @@ class CompileReport:
     has_wgmma: bool
     has_mma: bool
     tensor_memory_columns: int
+    unset: tuple[str, ...]
 
 
 def compile(case: CompileCase, arch: int) -> CompileReport:
@@ -74,27 +77,52 @@ def compile(case: CompileCase, arch: int) -> CompileReport:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
-    registers, spills = _assemble(ptx, arch)
+    registers, spills, unset = _assemble(ptx, arch)
     return CompileReport(
         case.name, arch, registers, spills, compiled.metadata.shared,
         has_wgmma="wgmma.mma_async" in ptx,
         has_mma=re.search(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx) is not None,
-        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0, unset=unset,
     )  # fmt: skip
 
 
-def _assemble(ptx: str, arch: int) -> tuple[int, int]:
-    """(registers per thread, bytes of spill stores plus loads) as ptxas reports them."""
+def _assemble(ptx: str, arch: int) -> tuple[int, int, tuple[str, ...]]:
+    """Registers per thread, bytes of spill stores plus loads as ptxas reports them, unset reads."""
+    from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
     target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE).group(1)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", source, "-o", cubin]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        command = [knobs.nvidia.nvdisasm.path, "-c", cubin]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers = re.search(r"Used (\d+) registers", log)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if registers is None or spills is None:
         raise RuntimeError(f"aot.compile: ptxas must report registers and spills, got {log!r}")
-    return int(registers.group(1)), int(spills.group(1)) + int(spills.group(2))
+    spilled = int(spills.group(1)) + int(spills.group(2))
+    return int(registers.group(1)), spilled, unset_reads(sass)
+
+
+def unset_reads(sass: str) -> tuple[str, ...]:
+    """Instructions that read a uniform register which no instruction above them has written.
+
+    ptxas 12.8 makes such code: where the address of a matrix in shared memory does not change in a
+    loop, it may add to a register that it forgot to set, and the tensor cores read elsewhere.
+    Results are then wrong, or the kernel faults. Only integer additions are looked at: they are
+    what descriptors are made of, and their operands are as wide as they say.
+    """
+    written: set[str] = set()
+    found = []
+    for instruction in re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S.*?)\s*;", sass):
+        name, _, operands = instruction.partition(" ")
+        target, _, sources = operands.partition(",")
+        if name.startswith("UIADD3") and set(re.findall(r"\bUR\d+", sources)) - written:
+            found.append(instruction)
+        for first in re.findall(r"^\s*UR(\d+)$", target):
+            width = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+            written |= {f"UR{int(first) + k}" for k in range(width)}
+    return tuple(found)

@@ -237,11 +237,29 @@ def test_emulated_batch_does_not_matter() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("family", ["two_scales", "product"])
-def test_emulated_auction(family: str) -> None:
-    """Families whose rows keep competing reach the auction, and come out exact."""
+@pytest.mark.parametrize(
+    ("family", "phase"), [("two_scales", "forests"), ("product", "reverse_rounds")]
+)
+def test_emulated_rows_that_keep_competing(family: str, phase: str) -> None:
+    """Families that bids alone do not match reach forests, then the auction, and come out exact."""
     solution = solve_and_check(make(family, 200, 400, 0)[None], seeds=(0, 3))
-    assert solution.counters[0]["reverse_rounds"] > 0
+    assert solution.counters[0]["forests"] > 0
+    assert solution.counters[0][phase] > 0
+
+
+@needs_compiler
+def test_emulated_overfull_cluster() -> None:
+    """Far more rows than near columns: one forest prices the columns, 80 rounds of bids do not."""
+    rng = np.random.default_rng(8)
+    centres = np.eye(8)
+    rows = centres[rng.choice(8, 200, p=[0.65] + [0.05] * 7)] + 0.1 * rng.standard_normal((200, 8))
+    columns = centres[rng.integers(0, 8, 400)] + 0.1 * rng.standard_normal((400, 8))
+    cost = np.linalg.norm(rows[:, None] - columns, axis=-1).astype(np.float32)
+    solution = solve_and_check(cost[None], seeds=(0, 3))
+    assert 0 < solution.counters[0]["forests"] < 10
+    assert solution.counters[0]["row_scans"] < 1000
+    solve_and_check(cost[None], shared_limit=0, seeds=(1,))
+    solve_and_check(cost.T[None].copy(), seeds=(2,))
 
 
 @needs_compiler

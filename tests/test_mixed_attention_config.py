@@ -124,3 +124,19 @@ def test_config_tf32_follows_torch():
             assert config.precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dim", config.HEAD_DIMS)
+def test_config_copies_values_only_where_the_compiler_fails(dim):
+    """Sixteen or thirty-two components beside a larger part, in half precision, on sm_90."""
+    split = dim in (80, 96, 160)
+    rows = torch.empty(1, 2, 40, dim + 16, dtype=torch.bfloat16)
+    for first, aligned in ((0, True), (8, True), (1, False), (4, False)):
+        v = rows[..., first : first + dim]
+        assert config.known_to_be_aligned(v) == aligned
+        assert config.must_copy_values(90, dim, v) == (split and not aligned)
+        assert not config.must_copy_values(90, dim, v.float()[..., 1:])
+        assert not config.must_copy_values(80, dim, v)
+    odd = torch.empty(1, 2, 40, dim + 8, dtype=torch.float16)[..., :dim]
+    assert config.tma_aligned(odd)  # its rows begin at multiples of 16 bytes, but of 8 elements
+    assert config.must_copy_values(90, dim, odd) == split

@@ -176,17 +176,19 @@ def test_gpu_takes_strides_without_a_copy():
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("dim", [64, 80])
-def test_gpu_unaligned_rows(dim):
-    """Rows at odd addresses and their aligned copies: other kernels, or the same compiled apart, so
-    both are held to the reference.
+@pytest.mark.parametrize(("first", "gap"), [(1, 1), (0, 8), (4, 16)])
+@pytest.mark.parametrize("name", ["visual", "until"])
+@pytest.mark.parametrize("dim", [64, 80, 96, 128, 160, 192, 256])
+def test_gpu_unaligned_rows(dim, name, first, gap):
+    """Rows at odd addresses, at multiples of 16 bytes that Triton takes for odd ones, and their
+    copies: other kernels, or the same compiled apart, so all are held to the reference.
     """
-    mask = MASKS["visual"](1, 200, "cuda")
-    flat = torch.randn(3, 200, 4, dim + 1, device="cuda", dtype=torch.bfloat16)
-    views = [x[None, :, :, 1:].transpose(1, 2) for x in flat]
+    mask = MASKS[name](1, 200, "cuda")
+    flat = torch.randn(3, 200, 3, dim + gap, device="cuda", dtype=torch.bfloat16)
+    views = [x[None, :, :, first : first + dim].transpose(1, 2) for x in flat]
     copies = [x.contiguous() for x in views]
-    assert not any(config.tma_aligned(x) for x in views)
-    for rows in (views, copies):
+    assert not any(config.known_to_be_aligned(x) for x in views)
+    for rows in (views, copies, [*copies[:2], views[2]]):
         check(run(mask, deterministic=True), *rows, mask, 1 / math.sqrt(dim))
 
 

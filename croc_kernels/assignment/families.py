@@ -6,7 +6,9 @@ the pool row plus little, so all rows want the same columns. Later the pool is n
 """
 
 import functools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -230,7 +232,15 @@ def make_costs(
         raise ValueError(f"make_costs: family must be one of {tuple(FAMILIES)}, got {family!r}")
     where = torch.device(device)
     costs = torch.empty((batch, n, m), device=where)
-    for b in range(batch):
+    stream = torch.cuda.current_stream(where) if where.type == "cuda" else None
+
+    def make(b: int) -> None:
         case = Case(np.random.default_rng((seed, 1, b)), (seed, 0), n, m, dim, where)
-        costs[b] = FAMILIES[family](case)
+        with torch.cuda.stream(stream):
+            costs[b] = FAMILIES[family](case)
+
+    for b in range(min(batch, 1)):
+        make(b)  # alone: it draws the pool, which the others share
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(make, range(1, batch)))
     return costs

@@ -108,7 +108,8 @@ def mixed_attention(
 
     Args:
         q: (B, H, Lq, D), float16, bfloat16, float32 (float64 on CPU and in the reference). Any
-            strides; a copy is made only if the last dimension is strided.
+            strides; a copy is made only if the last dimension is strided, and of v on sm_90 where D
+            is 80, 96 or 160 and address or strides are no multiples of 16 (a fault of ptxas).
         k: (B, Hkv, Lk, D), dtype and device of q; H a multiple of Hkv, head h of q uses head h //
             (H / Hkv).
         v: (B, Hkv, Lk, D), likewise.

@@ -251,6 +251,24 @@ def tma_aligned(x: Tensor) -> bool:
     return whole and x.stride(3) == 1 and x.data_ptr() % 16 == 0
 
 
+def known_to_be_aligned(x: Tensor) -> bool:
+    """Whether Triton knows that all rows of a (B, H, L, D) tensor begin at multiples of 16 bytes:
+    it asks whether address and strides are multiples of 16.
+    """
+    return x.data_ptr() % 16 == 0 and all(s % 16 == 0 for s in x.stride()[:3])
+
+
+def must_copy_values(arch: int, dim: int, v: Tensor) -> bool:
+    """Whether the plain forward needs v in rows that :func:`known_to_be_aligned`.
+
+    Other rows are loaded without a pipeline, into one place in shared memory. For the second part
+    of a head, of 16 or 32 half-precision components, ptxas 12.8 then adds to a register that it has
+    not set (:func:`croc_kernels.aot.unset_reads`), and wgmma reads elsewhere.
+    """
+    small = split_head(dim)[1] in (16, 32) and v.element_size() == 2
+    return arch == 90 and small and not known_to_be_aligned(v)
+
+
 @functools.cache
 def _arch(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)

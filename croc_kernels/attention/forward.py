@@ -128,6 +128,8 @@ def mixed_attention_fwd(
         with config.on_device(q):
             hopper_fwd(q, k, v, start, end, scale, out, lse, hopper)
         return out, lse
+    if config.must_copy_values(arch, dim, v):
+        v = v.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     bounds, between = config.by_sample(start, end, end if visible_until is None else visible_until)
     picked = config.pick_forward(arch, dim, q.dtype, length)
     grid = (triton.cdiv(length, picked.block_m) * batch * heads,)

@@ -9,13 +9,6 @@
 
 namespace croc::gpu {
 
-constexpr int kBidThreads = 512;
-constexpr int kEnoughFree = 8;     // one row less costs bidding more than a path of its own
-constexpr int kFirstRounds = 40;   // before the auction is considered
-constexpr int kMoreRounds = 40;    // where it is not needed
-constexpr int kAuctionShare = 3;   // considered when more than n / 3 rows are free
-constexpr int kAuctionMost = 160;  // or more than this many, whatever n is
-constexpr int kAuctionLeast = 32;  // and never with fewer
 constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
 constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
@@ -26,8 +19,8 @@ struct Schedule {
   int phases;
 };
 
-__device__ inline Schedule schedule_for(int n) {
-  return n < kManyRows ? Schedule{1.0, 0.25, 4} : Schedule{2.0, 0.125, 3};
+__device__ inline Schedule schedule_for(bool many_rows) {
+  return many_rows ? Schedule{2.0, 0.125, 3} : Schedule{1.0, 0.25, 4};
 }
 
 struct Offer {
@@ -191,24 +184,37 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
   __syncthreads();
 }
 
-// Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row
-// must be matched. Columns at work are few, so each block of a cluster repeats these rounds and none waits.
+// One round of the listed columns.
 template <class T>
-__device__ bool bid_columns(const Costs<T>& costs, const Levels<T>& levels, const State& s,
-                            double epsilon, int* counters) {
-  for (int i = threadIdx.x; i < costs.n; i += blockDim.x)
-    s.u[i] = costs.at(i, s.column_of[i]) - s.v[s.column_of[i]];
-  __syncthreads();
+__device__ void bid_columns_once(const Costs<T>& costs, const Levels<T>& levels, const State& s,
+                                 int priced, double epsilon) {
+  place_offers(costs, levels, s, priced, epsilon);
+  accept_offers(costs, s, priced);
+}
+
+// Lists the unmatched columns with a negative dual, as far as there is room; returns how many.
+template <class T>
+__device__ int collect_priced(const Costs<T>& costs, const State& s) {
+  return block_collect(costs.m, s.list, costs.n,
+                       [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
+}
+
+// Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row
+// must be matched. Columns at work are few: each block of a team repeats these rounds, and none
+// waits for another.
+template <class T>
+__device__ bool bid_columns(const Problem<T>& p, const Levels<T>& levels, const State& s, Team team,
+                            double epsilon) {
   int bids = 0;
   for (int round = 0; round < kAuctionRounds && (round < kPatience || bids > 2 * round); ++round) {
-    const int count = block_collect(costs.m, s.list, costs.n,
-                                    [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
-    if (count == 0) return true;
-    ++counters[kReverseRounds];
-    counters[kReverseBids] += count;
-    bids += count;
-    place_offers(costs, levels, s, count, epsilon);
-    accept_offers(costs, s, count);
+    const int priced = collect_priced(p.costs, s);
+    if (priced == 0) return true;
+    if (team.rank == 0) {
+      count(p.scalars(), kReverseRounds, 1);
+      count(p.scalars(), kReverseBids, priced);
+    }
+    bids += priced;
+    bid_columns_once(p.costs, levels, s, priced, epsilon);
   }
   return false;
 }
@@ -217,76 +223,39 @@ __device__ bool bid_columns(const Costs<T>& costs, const Levels<T>& levels, cons
 // of columns raise duals, so the lists are made again.
 template <class T>
 __device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, const State& s,
-                                 double epsilon) {
-  cluster_wait();  // others may still read their lists
-  for (int row = cluster_warp(); row < costs.n; row += cluster_warps()) {
+                                 Team team, double epsilon) {
+  team.wait();  // others may still be at work on their lists and duals
+  for (int row = team.warp(); row < costs.n; row += team.warps()) {
     const int column = s.column_of[row];
     const double least = list_row(costs, lists, s.v, row);
-    const bool loose = column >= 0 && (costs.at(row, column) - s.v[column]) - least > epsilon;
-    cluster_tell(&s.list[row], static_cast<int>(loose));
+    const double its = column < 0 ? infinity() : costs.at(row, column) - s.v[column];
+    const bool loose = its - least > epsilon;
+    team.tell(&s.list[row], static_cast<int>(loose));
+    team.tell(&s.u[row], loose ? least : its);
   }
-  cluster_wait();
+  team.wait();
   for (int row = threadIdx.x; row < costs.n; row += blockDim.x) {
-    if (s.list[row] == 0) continue;
-    s.row_of[s.column_of[row]] = -1;
+    const int column = s.column_of[row];
+    if (column < 0 || s.list[row] == 0) continue;
+    s.row_of[column] = -1;
     s.column_of[row] = -1;
   }
   __syncthreads();
 }
 
-__device__ inline bool needs_auction(int num_free, int n) {
-  return num_free > kAuctionLeast && num_free > min(n / kAuctionShare, kAuctionMost);
-}
-
-// All bidding. Returns the number of rows left free, listed in s.list.
 template <class T>
-__device__ int bid_all(const Arguments& a, const Costs<T>& costs, const Lists<T>& lists,
-                       State& s, Scalars& scalars,
-                       int* counters) {
-  const Schedule schedule = schedule_for(costs.n);
-  double epsilon = 0.0;
-  int limit = kFirstRounds, enough = kEnoughFree;
-  for (int phase = -1;; ++phase) {  // one call of `bid`: more would be as many copies of it
-    const int num_free = bid(costs, lists, s, epsilon, limit, enough, counters);
-    if (phase >= 0 && !(epsilon > 0.0)) return num_free;
-    if (phase < 0) {
-      if (needs_auction(num_free, costs.n) && counters[kRounds] == kFirstRounds) {
-        make_levels(costs, levels_of<T>(a));
-        cluster_wait();
-        if (threadIdx.x == 0 && cluster_rank() == 0)
-          scalars.with_levels = levels_of<T>(a).level != nullptr;
-        epsilon = -on_grid(-schedule.first * scalars.spread, scalars);
-      }
-    } else {
-      const bool done = num_free == 0 && bid_columns(costs, levels_of<T>(a), s, epsilon, counters);
-      epsilon = done && phase + 1 < schedule.phases ? -on_grid(-schedule.fall * epsilon, scalars) : 0.0;
-      drop_loose_pairs(costs, lists, s, epsilon);
-    }
-    limit = epsilon > 0.0 ? kAuctionRounds : kMoreRounds;
-    enough = epsilon > 0.0 ? 0 : kEnoughFree;
+__device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, Team team) {
+  const Schedule schedule = schedule_for(p.many);
+  double epsilon = -on_grid(-schedule.first * p.scalars().spread, p.scalars());
+  for (int phase = 0; phase < schedule.phases && epsilon > 0.0; ++phase) {
+    int left = kAuctionRounds;
+    const bool done = bid(p, s, team, epsilon, left, 0, p.n) == 0 &&
+                      bid_columns(p, levels, s, team, epsilon);
+    epsilon = done && phase + 1 < schedule.phases
+                  ? -on_grid(-schedule.fall * epsilon, p.scalars())
+                  : 0.0;
+    drop_loose_pairs(p.costs, p.lists(), s, team, epsilon);
   }
-}
-
-// Grid (batch, blocks of a cluster).
-template <class T, bool kShared>
-__global__ void __launch_bounds__(kBidThreads, 1) bid_rows(Arguments a) {
-  CROC_DYNAMIC_SHARED(shared);
-  const Problem<T> p(a);
-  if (p.failed() || p.n == 0) return;
-  State s;
-  s.carve_for_bidding(kShared ? shared : p.work.state, a.max_n(), a.max_m(), cluster_size());
-  load_state(p, s);
-  match_nearest(s, p.n, p.m);
-  cluster_wait();  // all have begun: from here on their shared memory may be written
-  int counters[kCounters] = {};
-  const int num_free =
-      bid_all(a, p.costs, p.lists(), s, p.scalars(), counters);
-  if (cluster_rank() != 0) return;
-  settle_rows(p.costs, s, num_free);
-  store_state(p, s);
-  if (threadIdx.x != 0) return;
-  counters[kFreeRows] = num_free;
-  for (int c = 0; c < kCounters; ++c) p.scalars().counters[c] = counters[c];
 }
 
 }  // namespace croc::gpu

@@ -9,10 +9,11 @@
 namespace croc::gpu {
 
 constexpr int kNobody = 0x7fffffff;
+constexpr int kWindow = 6;  // rounds after which bidding looks back
 
 // One warp scans one row.
 template <class T>
-__device__ CROC_NOINLINE Bid find_bid(Costs<T> costs, State s, int row) {
+__device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
   const int turn = rotation(row, costs.m);
   const auto key_of = [&](int column) { return bid_key(s, column, turn, costs.m); };
   double least = infinity(), second = infinity();
@@ -39,8 +40,8 @@ __device__ CROC_NOINLINE Bid find_bid(Costs<T> costs, State s, int row) {
           unrotated(found.key & ~kMatched, turn, costs.m)};
 }
 
-// What a bid is for (-1: none) and its price. Without an epsilon a bid that would not lower the dual of a
-// taken column is not made: it could go round for ever.
+// What a bid is for (-1: none) and its price. Without an epsilon a bid that would not lower the dual
+// of a taken column is not made: it could go round for ever.
 struct Placed {
   int target;
   double price;
@@ -56,17 +57,18 @@ __device__ inline Placed place_bid(const State& s, Bid bid, double epsilon) {
 
 // Bids for all free rows, by a warp each.
 template <class T>
-__device__ void place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s,
+__device__ void place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s, Team team,
                            int num_free, double epsilon) {
-  for (int k = cluster_warp(); k < num_free; k += cluster_warps()) {
+  for (int k = team.warp(); k < num_free; k += team.warps()) {
     const int row = s.list[k];
     const Bid bid =
         lists.bound != nullptr ? bid_from_list(costs, lists, s, row) : find_bid(costs, s, row);
     const Placed placed = place_bid(s, bid, epsilon);
-    cluster_tell(&s.target[k], placed.target);
-    cluster_tell(&s.bid[k], placed.price);
+    if (is_finite(bid.least)) team.tell(&s.u[row], bid.least);
+    team.tell(&s.target[k], placed.target);
+    team.tell(&s.bid[k], placed.price);
   }
-  cluster_wait();
+  team.wait();
 }
 
 // The best bid of each column takes it; among equal bids the lowest row. Returns whether any was
@@ -82,8 +84,7 @@ __device__ inline bool award(const State& s, int num_free) {
   if (__syncthreads_or(made) == 0) return false;
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
     const int column = s.target[k];
-    if (column >= 0 && s.best[column] == ordered(s.bid[k]))
-      atomicMin(&s.path[column], s.list[k]);
+    if (column >= 0 && s.best[column] == ordered(s.bid[k])) atomicMin(&s.path[column], s.list[k]);
   }
   __syncthreads();
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
@@ -93,6 +94,7 @@ __device__ inline bool award(const State& s, int num_free) {
     if (before >= 0) s.column_of[before] = -1;
     s.row_of[column] = row;
     s.column_of[row] = column;
+    s.u[row] += s.v[column] - s.bid[k];
     s.v[column] = s.bid[k];
     s.best[column] = ~uint64_t{0};
   }
@@ -104,33 +106,44 @@ __device__ inline bool award(const State& s, int num_free) {
   return true;
 }
 
-// Rounds until at most `enough` rows are free, no bid can be made, or the limit is reached. Returns
-// the free rows, listed in s.list.
+// Rounds until at most `enough` rows are free, no bid can be made, or none of the rounds `left` is.
+// With more than `patient` rows free it also ends when kWindow rounds free less than a tenth of
+// them. Returns the free rows, listed in s.list; their u is at most their least reduced cost.
 template <class T>
-__device__ int bid(const Costs<T>& costs, const Lists<T>& lists, State& s,
-                   double epsilon, int limit, int enough, int* counters) {
+__device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int& left, int enough,
+                   int patient) {
+  const Lists<T> lists = p.lists();
   const auto free = [&](int row) { return s.column_of[row] < 0; };
-  int num_free = block_collect(costs.n, s.list, costs.n, free);
-  for (int round = 0; round < limit && num_free > enough; ++round) {
-    ++counters[kRounds];
-    counters[kBids] += num_free;
-    place_bids(costs, lists, s, num_free, epsilon);
+  int num_free = block_collect(p.n, s.list, p.n, free);
+  int before = num_free;
+  for (int round = 0; left > 0 && num_free > enough; ++round, --left) {
+    if (round == kWindow) {
+      if (num_free > patient && 10 * num_free > 9 * before) break;
+      round = 0, before = num_free;
+    }
+    if (team.rank == 0) count(p.scalars(), kRounds, 1), count(p.scalars(), kBids, num_free);
+    place_bids(p.costs, lists, s, team, num_free, epsilon);
     const bool made = award(s, num_free);
     s.turn_page();
     if (!made) break;
-    num_free = block_collect(costs.n, s.list, costs.n, free);
+    num_free = block_collect(p.n, s.list, p.n, free);
   }
   return num_free;
 }
 
-// Matches every row that is alone with its nearest column, or first in line for it.
-__device__ inline void match_nearest(const State& s, int n, int m) {
+// Between rounds, and before the first one after a search.
+__device__ inline void clear_bids(const State& s, int m) {
   for (int j = threadIdx.x; j < m; j += blockDim.x) {
-    s.row_of[j] = -1;
     s.path[j] = kNobody;
     s.best[j] = ~uint64_t{0};
   }
   __syncthreads();
+}
+
+// Matches every row that is alone with its nearest column, or first in line for it.
+__device__ inline void match_nearest(const State& s, int n, int m) {
+  for (int j = threadIdx.x; j < m; j += blockDim.x) s.row_of[j] = -1;
+  clear_bids(s, m);
   for (int i = threadIdx.x; i < n; i += blockDim.x) atomicMin(&s.path[s.column_of[i]], i);
   __syncthreads();
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
@@ -141,18 +154,12 @@ __device__ inline void match_nearest(const State& s, int n, int m) {
       s.column_of[i] = -1;
   }
   __syncthreads();
-  for (int j = threadIdx.x; j < m; j += blockDim.x) s.path[j] = kNobody;
-  __syncthreads();
+  clear_bids(s, m);
 }
 
-// u = min(c - v) for free rows and c - v on the matched pairs, which are tight up to rounding.
+// u = c - v on the matched pairs, which are tight up to rounding.
 template <class T>
-__device__ void settle_rows(const Costs<T>& costs, const State& s, int num_free) {
-  for (int k = warp_id(); k < num_free; k += warp_count()) {
-    const int row = s.list[k];
-    const Bid bid = find_bid(costs, s, row);
-    if (lane_id() == 0) s.u[row] = bid.least;
-  }
+__device__ void settle_rows(const Costs<T>& costs, const State& s) {
   for (int i = threadIdx.x; i < costs.n; i += blockDim.x) {
     const int column = s.column_of[i];
     if (column >= 0) s.u[i] = costs.at(i, column) - s.v[column];

@@ -13,36 +13,43 @@ namespace croc::gpu {
 
 constexpr int kMostBlocks = 8;  // of a cluster: what every device with clusters can run
 
-__device__ inline int cluster_rank() { return static_cast<int>(blockIdx.y); }
-__device__ inline int cluster_size() { return static_cast<int>(gridDim.y); }
+// Who works: all blocks of the cluster, or this block.
+struct Team {
+  int rank, size;
 
-// Warps of all blocks, numbered so that few pieces of work go to different blocks.
-__device__ inline int cluster_warp() { return warp_id() * cluster_size() + cluster_rank(); }
-__device__ inline int cluster_warps() { return warp_count() * cluster_size(); }
-
-// What was written before, to any block's shared memory or to global memory, is seen after.
-__device__ inline void cluster_wait() {
-#ifdef CROC_CLUSTERS
-  if (cluster_size() > 1) {
-    __cluster_barrier_arrive();
-    __cluster_barrier_wait();
-    return;
+  __device__ static Team all() {
+    return {static_cast<int>(blockIdx.y), static_cast<int>(gridDim.y)};
   }
-#endif
-  __syncthreads();
-}
+  __device__ static constexpr Team alone() { return {0, 1}; }
 
-// Writes to one place of dynamic shared memory in every block. By one warp, whose lanes agree on
-// the value.
-template <class T>
-__device__ void cluster_tell(T* place, T value) {
-  if (lane_id() >= cluster_size()) return;
+  // Warps of all blocks, numbered so that few pieces of work go to different blocks.
+  __device__ int warp() const { return warp_id() * size + rank; }
+  __device__ int warps() const { return warp_count() * size; }
+
+  // What was written before, to any block's shared memory or to global memory, is seen after.
+  __device__ void wait() const {
 #ifdef CROC_CLUSTERS
-  if (cluster_size() > 1)
-    place =
-        static_cast<T*>(__cluster_map_shared_rank(place, static_cast<unsigned>(lane_id())));
+    if (size > 1) {
+      __cluster_barrier_arrive();
+      __cluster_barrier_wait();
+      return;
+    }
 #endif
-  *place = value;
-}
+    __syncthreads();
+  }
+
+  // Writes to one place of dynamic shared memory in every block. By one warp, whose lanes agree on
+  // the value.
+  template <class T>
+  __device__ void tell(T* place, T value) const {
+    if (lane_id() >= size) return;
+#ifdef CROC_CLUSTERS
+    if (size > 1)
+      place = static_cast<T*>(
+          __cluster_map_shared_rank(place, static_cast<unsigned>(lane_id())));
+#endif
+    *place = value;
+  }
+};
 
 }  // namespace croc::gpu

@@ -42,9 +42,8 @@ __device__ inline unsigned level_of(double cost, double low, double step, double
 // A lane takes a column, so that a warp reads rows in whole lines. By all warps of the cluster;
 // the caller waits for them.
 template <class T>
-__device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels<T> levels) {
-  if (levels.level == nullptr) return;
-  for (int group = cluster_warp(); group * kWarp < costs.m; group += cluster_warps()) {
+__device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels<T> levels, Team team) {
+  for (int group = team.warp(); group * kWarp < costs.m; group += team.warps()) {
     const int column = group * kWarp + lane_id();
     if (column >= costs.m) continue;
     double low = infinity(), high = -infinity();

@@ -6,28 +6,21 @@
 
 namespace croc::gpu {
 
-constexpr int kPathThreads = 512;
-
 struct PathEnd {
   int column;        // unmatched; -1: no column can be reached
   double distance;   // from the source
   int reads, steps;  // rows read, in how many steps
 };
 
-// The matching along the path, once the duals of the tree have moved.
-__device__ inline void flip_path(const State& s, int source, PathEnd end) {
-  if (threadIdx.x == 0) {
-    s.u[source] += end.distance;
-    int column = end.column, row;
-    do {
-      row = s.path[column];
-      const int next = s.column_of[row];
-      s.row_of[column] = row;
-      s.column_of[row] = column;
-      column = next;
-    } while (row != source);
-  }
-  __syncthreads();
+// Matches the rows and columns of a path, from its last column to the free row it begins at.
+__device__ inline void flip(const State& s, int column) {
+  do {
+    const int row = s.path[column];
+    const int next = s.column_of[row];
+    s.row_of[column] = row;
+    s.column_of[row] = column;
+    column = next;
+  } while (column >= 0);
 }
 
 struct Release {

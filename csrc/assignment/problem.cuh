@@ -16,12 +16,23 @@ enum Counter {
   kBids,           // in them
   kReverseRounds,  // of bidding by columns, in the auction
   kReverseBids,    // in them
+  kForests,        // searches from all free rows at once
+  kForestScans,    // rows that they read
+  kForestSteps,    // in so many steps
   kFreeRows,       // left to the paths
   kRowScans,       // rows that the paths read
   kRowSteps,       // in so many steps
-  kReleased,       // columns of the reverse pass
+  kRaiseRounds,    // of bidding by columns, in the reverse pass
+  kRaiseBids,      // in them
+  kReleased,       // columns left to its paths
   kColumnScans,    // columns that it read
   kColumnSteps,    // in so many steps
+  kBidTime,        // clock cycles of each phase
+  kForestTime,
+  kAuctionTime,
+  kPathTime,
+  kRaiseTime,
+  kReleaseTime,
   kCounters
 };
 
@@ -30,9 +41,8 @@ struct Scalars {
   int status;
   int low_exponent;    // every finite cost is a multiple of 2^low_exponent
   int high_exponent;   // and smaller than 2^(high_exponent + 1)
-  int from_means;      // the start of the column duals: 1 column means, 0 zero
   int with_levels;     // 1 if the columns' levels are there, see columns.cuh
-  int raised;          // 1 if an unmatched column has a negative dual
+  int from_means;      // the start of the column duals: 1 column means, 0 zero
   double spread;       // local scale: distance from a row's least reduced cost to about its ninth,
                        // median row
   double temperature;  // of the Sinkhorn steps; 0: none
@@ -55,9 +65,8 @@ struct Arguments {
   int32_t* status;      // (batch,)
   unsigned char* workspace;
   int64_t workspace_stride;  // bytes per problem
-  int64_t state_bytes;       // of it, for phases whose state does not fit into shared memory
-  bool paths_in_shared;      // whether that of the paths does
-  int level_rows;            // problems with as many rows have levels, see columns.cuh
+  int many_rows;             // problems with as many rows begin with an auction, see searches.cuh
+  int64_t state_bytes;       // of it, for the sequential phases if shared memory is too small
 
   __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }
   __host__ __device__ int max_m() const { return rows < columns ? columns : rows; }
@@ -91,28 +100,36 @@ struct State {
   double* u;       // (padded n) row duals
   int* row_of;     // (m) matched row of a column, or -1
   int* column_of;  // (n) matched column of a row, or -1
-  int* path;       // (m) predecessor on a shortest path; while bidding: the row that wins a column
+  int* twin;       // (n) the first row with the same costs
   int* list;       // (n) rows or columns at work
-  // Bidding:
-  uint64_t* best;  // (m) the best bid for a column
   double* bid;     // (n) the bid of each in the list, in a cluster two rounds' in turn
   int* target;     // (n) and what it is for
   int page;        // from one round's bids to the next's
-  // Paths:
-  int* twin;      // (n) the first row with the same costs
-  int* waiting;   // (m) columns to release
-  double* reach;  // (m) distances from the source
-  void* limit;    // of nodes, see graphs.cuh, in the costs' type or a wider one,
-  float* key;     // and their keys: only without groups, else in registers
+  int* path;       // (m) searches: predecessor on a shortest path; bidding: the row that wins a
+                   // column, kNobody between rounds
+  double* reach;   // (m) searches: distances from the sources
+  uint64_t* best;  // (m) bidding: the best bid for a column, ~0 between rounds; the same memory
+  void* limit;     // of nodes, see graphs.cuh, in the costs' type or a wider one,
+  float* key;      // and their keys: only without groups, else in registers
 
-  // `blocks` of the cluster.
-  __host__ __device__ int64_t carve_for_bidding(unsigned char* base, int n, int m, int blocks) {
+  // `groups` and `blocks` as in Plan.
+  __host__ __device__ int64_t carve(unsigned char* base, int n, int m, int groups, int blocks) {
     Carver carver{base};
-    carve_matching(carver, n, m);
+    v = carver.take<double>(padded(m));
+    u = carver.take<double>(padded(n));
+    row_of = carver.take<int>(m);
+    column_of = carver.take<int>(n);
+    twin = carver.take<int>(n);
+    list = carver.take<int>(n);
     page = blocks > 1 ? n : 0;
-    best = carver.take<uint64_t>(m);
     bid = carver.take<double>(n + page);
     target = carver.take<int>(n + page);
+    path = carver.take<int>(m);
+    reach = carver.take<double>(m);
+    best = reinterpret_cast<uint64_t*>(reach);
+    const int64_t nodes = groups > 0 ? 0 : m + 4 * int64_t{kMostThreads};
+    limit = carver.take<double>(nodes);
+    key = carver.take<float>(nodes);
     return carver.used;
   }
 
@@ -120,29 +137,6 @@ struct State {
   __device__ void turn_page() {
     bid += page, target += page;
     page = -page;
-  }
-
-  // `groups` as in Plan.
-  __host__ __device__ int64_t carve_for_paths(unsigned char* base, int n, int m, int groups) {
-    Carver carver{base};
-    carve_matching(carver, n, m);
-    twin = carver.take<int>(n);
-    waiting = carver.take<int>(m);
-    reach = carver.take<double>(m);
-    const int64_t nodes = groups > 0 ? 0 : m + 4 * int64_t{kMostThreads};
-    limit = carver.take<double>(nodes);
-    key = carver.take<float>(nodes);
-    return carver.used;
-  }
-
- private:
-  __host__ __device__ void carve_matching(Carver& carver, int n, int m) {
-    v = carver.take<double>(padded(m));
-    u = carver.take<double>(padded(n));
-    row_of = carver.take<int>(m);
-    column_of = carver.take<int>(n);
-    path = carver.take<int>(m);
-    list = carver.take<int>(n);
   }
 };
 
@@ -208,7 +202,7 @@ struct Workspace {
     list_cost = carver.take<unsigned char>(candidates * a.cost_bytes);
     list_column = carver.take<int>(candidates);
     list_bound = carver.take<float>(candidates / kListed);
-    const int64_t levelled = n < a.level_rows ? 0 : m;
+    const int64_t levelled = n < a.many_rows ? 0 : m;
     level = carver.take<unsigned char>(levelled * level_pitch(a.max_n()));
     level_low = carver.take<unsigned char>(levelled * a.cost_bytes);
     level_step = carver.take<unsigned char>(levelled * a.cost_bytes);
@@ -285,6 +279,7 @@ struct Problem {
   int n, m;
   int used_rows;  // of the caller's matrix
   bool swapped;   // the solver's rows are the caller's columns
+  bool many;      // rows
   double unit;    // a power of two: the solver sees the costs divided by it
 
   // `scaled`: once the exponents of the costs are known, their sums are kept from overflowing.
@@ -299,6 +294,7 @@ struct Problem {
     swapped = used_rows > a.columns;
     n = swapped ? a.columns : used_rows;
     m = swapped ? used_rows : a.columns;
+    many = n >= a.many_rows;
     const T* base = static_cast<const T*>(a.cost) + b * a.rows * a.columns;
     const int64_t across = a.columns;
     work.carve(a.workspace + b * a.workspace_stride, a);
@@ -322,17 +318,16 @@ struct Problem {
     return {static_cast<T*>(work.list_cost), work.list_column,
             listed() ? work.list_bound : nullptr};
   }
+  // `with`: whether they have been made.
+  __device__ Levels<T> levels(const Arguments& a, bool with) const {
+    return {with ? work.level : nullptr, static_cast<T*>(work.level_low),
+            static_cast<T*>(work.level_step), level_pitch(a.max_n())};
+  }
+  __device__ Levels<T> levels(const Arguments& a) const {
+    return levels(a, work.scalars->with_levels != 0);
+  }
   __device__ bool failed() const { return work.scalars->status != kOk; }
 };
-
-// The problem's, anew from the arguments: kept, they would take registers that bidding needs.
-template <class T>
-__device__ Levels<T> levels_of(const Arguments& a) {
-  const Problem<T> p(a);
-  // A problem read through swapped strides has its columns in whole lines already.
-  return {p.n < a.level_rows || p.swapped ? nullptr : p.work.level, static_cast<T*>(p.work.level_low),
-          static_cast<T*>(p.work.level_step), level_pitch(a.max_n())};
-}
 
 // A row's own order of the columns, for ties: it starts at `turn`, far from where its neighbours
 // start.
@@ -347,14 +342,14 @@ __device__ inline int unrotated(unsigned key, int turn, int m) {
   return column >= m ? column - m : column;
 }
 
-// Between the workspace and a phase's state.
+// What the sequential phases start from; match_nearest makes the rest.
 template <class T>
 __device__ void load_state(const Problem<T>& p, const State& s) {
   for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) s.v[j] = p.work.v[j];
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.row_of[j] = p.work.row_of[j];
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) {
     s.u[i] = p.work.u[i];
     s.column_of[i] = p.work.column_of[i];
+    s.twin[i] = p.work.twin[i];
   }
   __syncthreads();
 }
@@ -365,10 +360,12 @@ __device__ void store_state(const Problem<T>& p, const State& s) {
     p.work.v[j] = s.v[j];
     p.work.row_of[j] = s.row_of[j];
   }
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x) {
-    p.work.u[i] = s.u[i];
-    p.work.column_of[i] = s.column_of[i];
-  }
+  for (int i = threadIdx.x; i < p.n; i += blockDim.x) p.work.column_of[i] = s.column_of[i];
+}
+
+// Adds to a counter, without waiting for it. Called by all threads.
+__device__ inline void count(Scalars& scalars, Counter which, int more) {
+  if (threadIdx.x == 0) atomicAdd(&scalars.counters[which], more);
 }
 
 // Rounds a column dual to the grid of the costs: where their range spans fewer than 50 bits of it,

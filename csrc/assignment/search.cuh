@@ -30,7 +30,7 @@ struct Waiting {
 // What the warps tell each other, in turns. One for all searches of a kernel.
 struct SearchSlots {
   Waiting nearest[2][kWarp];
-  uint64_t bounds[2][kWarp];
+  uint64_t values[2][kWarp];
 };
 __device__ inline SearchSlots& search_slots() {
   __shared__ SearchSlots slots;
@@ -169,66 +169,97 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
   }
 }
 
-// Shortest paths from `source` until no path can end below the bound; their lengths are in s.reach,
-// the node before each in s.path. One barrier per step.
-template <class T, int kGroups, class Graph>
-__device__ Found search(const Graph& graph, int source, double bound) {
-  SearchSlots& slots = search_slots();
-  const State& s = graph.s;
-  Nodes<T, kGroups> nodes(s, graph.count());
+// No node has been reached.
+template <class Nodes, class Graph>
+__device__ void forget(const Graph& graph, Nodes& nodes, double bound) {
 #pragma unroll
   for (int g = 0; g < nodes.groups(); ++g) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int node = graph.node(g, k);
       const bool exists = node < graph.count();
-      if (exists) s.reach[node] = infinity();
-      nodes.set_limit(g, k, exists ? infinity() : -infinity());
+      if (exists) graph.s.reach[node] = infinity();
+      nodes.set_limit(g, k, exists ? bound + graph.dual(node) : -infinity());
       nodes.set_key(g, k, static_cast<float>(infinity()));
     }
   }
-  Found found{-1, infinity(), 0, 0};
-  double lowest = bound;  // the nearest end known to this thread
-  Front<Nodes<T, kGroups>::kAtOnce> front;
-  front.count = 1, front.from[0] = source, front.distance[0] = 0.0;
-  do {
-    if (lowest < found.bound) {  // in every thread, or in none: it is the block's
-      found.bound = lowest;
+}
+
+// No node beyond the bound matters.
+template <class Nodes, class Graph>
+__device__ void tighten(const Graph& graph, Nodes& nodes, double bound) {
 #pragma unroll
-      for (int g = 0; g < nodes.groups(); ++g) {
+  for (int g = 0; g < nodes.groups(); ++g) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-          if (graph.node(g, k) < graph.count())
-            nodes.set_limit(g, k,
-                            lesser(static_cast<double>(nodes.limit(g, k)),
-                                   lowest + graph.dual(graph.node(g, k))));
-      }
+    for (int k = 0; k < 4; ++k) {
+      const int node = graph.node(g, k);
+      if (node < graph.count())
+        nodes.set_limit(
+            g, k, lesser(static_cast<double>(nodes.limit(g, k)), bound + graph.dual(node)));
+    }
+  }
+}
+
+// Each warp tells the others its nearest node.
+template <class Nodes, class Graph>
+__device__ void tell_nearest(const Graph& graph, const Nodes& nodes, Waiting* of_warps) {
+  const Waiting mine = nearest_node(graph, nodes);
+  const unsigned least = __reduce_min_sync(kAllLanes, mine.key);
+  const unsigned votes = __ballot_sync(kAllLanes, mine.key == least);
+  if (lane_id() != __ffs(static_cast<int>(votes)) - 1) return;
+  const double distance = mine.node < graph.count() ? graph.s.reach[mine.node] : infinity();
+  of_warps[warp_id()] = {distance, mine.key, mine.node};
+}
+
+// Reads the sources, at distance zero; nobody waits for anybody in between.
+template <class T, int kGroups, class Graph, int kAtOnce>
+__device__ double read_sources(const Graph& graph, Nodes<T, kGroups>& nodes, const int* sources,
+                               int count, Front<kAtOnce>& front, double lowest) {
+  for (int first = 0; first < count; first += kAtOnce) {
+    front.count = min(kAtOnce, count - first);
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) {
+      front.from[w] = sources[min(first + w, count - 1)];
+      front.distance[w] = 0.0;
     }
     lowest = read_front(graph, nodes, front, lowest);
-    const int turn = found.steps & 1;
-    const Waiting mine = nearest_node(graph, nodes);
-    const unsigned least = __reduce_min_sync(kAllLanes, mine.key);
-    const unsigned votes = __ballot_sync(kAllLanes, mine.key == least);
-    if (lane_id() == __ffs(static_cast<int>(votes)) - 1) {
-      const double distance = mine.node < graph.count() ? s.reach[mine.node] : infinity();
-      slots.nearest[turn][warp_id()] = {distance, mine.key, mine.node};
-    }
+  }
+  return lowest;
+}
+
+// Shortest paths from the sources until no path can end below the bound; their lengths are in
+// s.reach, the node before each in s.path. One barrier per step.
+template <class T, int kGroups, class Graph>
+__device__ Found search(const Graph& graph, const int* sources, int count, double bound) {
+  constexpr int kAtOnce = Nodes<T, kGroups>::kAtOnce;
+  SearchSlots& slots = search_slots();
+  Nodes<T, kGroups> nodes(graph.s, graph.count());
+  forget(graph, nodes, bound);
+  Front<kAtOnce> front;
+  Found found{-1, bound, count, (count + kAtOnce - 1) / kAtOnce};
+  double lowest = read_sources(graph, nodes, sources, count, front, bound);
+  for (int turn = 0;; turn ^= 1) {
+    tell_nearest(graph, nodes, slots.nearest[turn]);
     uint64_t of_warp = ordered(found.bound);
     if (__any_sync(kAllLanes, lowest < found.bound)) of_warp = warp_min(ordered(lowest));
-    if (lane_id() == 0) slots.bounds[turn][warp_id()] = of_warp;
-    found.reads += front.count;
-    ++found.steps;
+    if (lane_id() == 0) slots.values[turn][warp_id()] = of_warp;
     __syncthreads();
     lowest = from_ordered(
-        warp_min(lane_id() < warp_count() ? slots.bounds[turn][lane_id()] : ~uint64_t{0}));
-  } while (choose_front(graph, nodes, slots.nearest[(found.steps - 1) & 1], lowest, front));
-  found.bound = lowest;
+        warp_min(lane_id() < warp_count() ? slots.values[turn][lane_id()] : ~uint64_t{0}));
+    const bool nearer = lowest < found.bound;  // in every thread, or in none
+    found.bound = lowest;
+    if (!choose_front(graph, nodes, slots.nearest[turn], lowest, front)) break;
+    if (nearer) tighten(graph, nodes, lowest);
+    lowest = read_front(graph, nodes, front, lowest);
+    found.reads += front.count;
+    ++found.steps;
+  }
   Least end = Least::none();
   for (int g = nodes.groups() - 1; g >= 0 && found.bound < bound; --g) {
 #pragma unroll
     for (int k = 3; k >= 0; --k) {
       const int node = graph.node(g, k);
-      if (node < graph.count() && s.reach[node] + graph.relief(node) == found.bound)
+      if (node < graph.count() && graph.s.reach[node] + graph.relief(node) == found.bound)
         end = {0, static_cast<unsigned>(node)};
     }
   }
@@ -237,8 +268,8 @@ __device__ Found search(const Graph& graph, int source, double bound) {
 }
 
 template <class T, int kGroups, bool kVectors>
-__device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, int source) {
-  const Found found = search<T, kGroups>(RowGraph<T, kVectors>{costs, s}, source, infinity());
+__device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, const int* source) {
+  const Found found = search<T, kGroups>(RowGraph<T, kVectors>{costs, s}, source, 1, infinity());
   return {found.node, found.bound, found.reads, found.steps};
 }
 
@@ -252,16 +283,20 @@ __device__ void augment(const Costs<T>& costs, const State& s, int source, PathE
     s.u[s.row_of[j]] += shift;
   }
   __syncthreads();
-  flip_path(s, source, end);
+  if (threadIdx.x == 0) {
+    s.u[source] += end.distance;
+    flip(s, end.column);
+  }
+  __syncthreads();
 }
 
 // From a column that is unmatched with a negative dual, until no column closer to zero can be
 // found.
 template <class T, int kGroups, class Graph>
-__device__ Release shortest_release(const Graph& graph, int source) {
+__device__ Release shortest_release(const Graph& graph, const int* source) {
   const State& s = graph.s;
-  const Found found = search<T, kGroups>(graph, source, -s.v[source]);
-  const int column = found.node < 0 ? source : s.column_of[found.node];
+  const Found found = search<T, kGroups>(graph, source, 1, -s.v[*source]);
+  const int column = found.node < 0 ? *source : s.column_of[found.node];
   return {column, found.bound, found.reads, found.steps};
 }
 

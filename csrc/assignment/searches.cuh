@@ -1,114 +1,232 @@
-// The kernels that finish a problem exactly: shortest paths for the rows that are still free, then
-// the reverse pass. After the paths every row is matched, but a column that nobody took may still
-// have a negative dual: it was priced for a demand that did not come. Each such column is raised to
-// zero, or takes a row.
+// The kernel that matches a problem, given the start: with many rows bids and an auction by all blocks
+// of a cluster, then by the first of them, or by one block alone: bids, and forests where they stall; the
+// auction where that is not enough; shortest paths for the rows that are still free; then the
+// reverse pass. After the paths every row is matched, but a column that nobody took may still have a
+// negative dual: it was priced for a demand that did not come. Each such column is raised to zero,
+// or takes a row.
 #pragma once
 
-#include "search.cuh"
+#include "forest.cuh"
 
 namespace croc::gpu {
 
-// One shortest path per row of the list; false if there is none for a row.
-template <class T, int kGroups, bool kVectors>
-__device__ bool match_listed(const Problem<T>& p, const State& s, int num_free) {
-  int reads = 0, steps = 0;
-  for (int k = 0; k < num_free; ++k) {
-    const int source = s.list[k];
-    const PathEnd end = shortest_path<T, kGroups, kVectors>(p.costs, s, source);
-    reads += end.reads, steps += end.steps;
-    if (end.column < 0) return false;
-    augment(p.costs, s, source, end);
+constexpr int kPathThreads = 512;
+constexpr int kEnoughFree = 8;    // one row less costs bidding more than a path of its own
+constexpr int kBidRounds = 80;    // at most, before the first forest
+constexpr int kAfterForest = 40;  // and after one
+constexpr int kForestLeast = 16;  // rows: fewer are cheaper on paths of their own
+constexpr int kForestGain = 16;   // a forest helps if n / 16 of the free rows find a place
+constexpr int kForestMisses = 2;  // in a row that end them
+constexpr int kAuctionShare = 3;   // the auction is for more than n / 3 free rows
+constexpr int kAuctionLeast = 32;  // and more than this many
+constexpr int kRaiseLimit = 8;     // rounds by columns before their paths
+constexpr int kTogetherRounds = 40;  // with many rows, before
+constexpr int kTogetherFree = 160;   // more free rows than this are auctioned
+
+// A block's problem and its state, for each phase anew: a phase is a function that is not inlined,
+// and so has the registers to itself.
+template <class T, int kGroups, bool kShared>
+struct Work {
+  Problem<T> p;
+  State s;
+
+  __device__ explicit Work(const Arguments& a) : p(a) {
+    CROC_DYNAMIC_SHARED(shared);
+    s.carve(kShared ? shared : p.work.state, a.max_n(), a.max_m(), kGroups, Team::all().size);
   }
-  if (threadIdx.x == 0) {
-    p.scalars().counters[kRowScans] = reads;
-    p.scalars().counters[kRowSteps] = steps;
+};
+
+// Bids without an epsilon; returns the number of rows left free, listed in s.list.
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE int bid_free(Arguments a, int* left) {
+  Work<T, kGroups, kShared> work(a);
+  return bid(work.p, work.s, Team::alone(), 0.0, *left, kEnoughFree, kForestLeast);
+}
+
+// A forest from all free rows; false if it reaches no unmatched column.
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE bool grow_forest(Arguments a, int num_free) {
+  const Work<T, kGroups, kShared> work(a);
+  const Problem<T>& p = work.p;
+  const State& s = work.s;
+  const int wanted = (num_free + 1) / 2;
+  const Forest forest = p.costs.vectors ? grow<T, kGroups, true>(p.costs, s, num_free, wanted)
+                                        : grow<T, kGroups, false>(p.costs, s, num_free, wanted);
+  count(p.scalars(), kForests, 1);
+  count(p.scalars(), kForestScans, forest.reads);
+  count(p.scalars(), kForestSteps, forest.steps);
+  const bool found = is_finite(forest.distance);
+  if (found) harvest(p.costs, s, num_free, forest.distance);
+  clear_bids(s, p.m);
+  return found;
+}
+
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE void run_auction(Arguments a) {
+  Work<T, kGroups, kShared> work(a);
+  auction(work.p, work.p.levels(a), work.s, Team::alone());
+}
+
+// Bids, and an auction if that leaves too many rows free, by all blocks of a cluster. Searches for so many rows
+// would take far longer.
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE void bid_together(Arguments a) {
+  Work<T, kGroups, kShared> work(a);
+  const Problem<T>& p = work.p;
+  const Team team = Team::all();
+  team.wait();  // all have begun: from here on their shared memory may be written
+  int left = kTogetherRounds;
+  const int num_free = bid(p, work.s, team, 0.0, left, kEnoughFree, p.n);
+  if (num_free <= min(kTogetherFree, p.n / kAuctionShare)) return;
+  // A problem read through swapped strides has its columns in whole lines already.
+  const Levels<T> levels = p.levels(a, !p.swapped);
+  if (!p.swapped) {
+    make_levels(p.costs, levels, team);
+    if (team.rank == 0 && threadIdx.x == 0) p.scalars().with_levels = 1;
+    team.wait();
+  }
+  auction(p, levels, work.s, team);
+}
+
+// One shortest path per free row; false if there is none for a row.
+template <class T, int kGroups, bool kShared, bool kVectors>
+__device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
+  const Work<T, kGroups, kShared> work(a);
+  const Problem<T>& p = work.p;
+  const State& s = work.s;
+  count(p.scalars(), kFreeRows, num_free);
+  settle_rows(p.costs, s);
+  for (int k = 0; k < num_free; ++k) {
+    const PathEnd end = shortest_path<T, kGroups, kVectors>(p.costs, s, s.list + k);
+    count(p.scalars(), kRowScans, end.reads);
+    count(p.scalars(), kRowSteps, end.steps);
+    if (end.column < 0) return false;
+    augment(p.costs, s, s.list[k], end);
   }
   return true;
 }
 
-// Grid (batch): one shortest path per row that is still free.
-template <class T, int kGroups>
+// The reverse pass: rounds of bids by columns, which settle most of them.
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE void raise_columns(Arguments a) {
+  const Work<T, kGroups, kShared> work(a);
+  const Problem<T>& p = work.p;
+  const State& s = work.s;
+  clear_bids(s, p.m);
+  for (int round = 0; round < kRaiseLimit; ++round) {
+    const int priced = collect_priced(p.costs, s);
+    if (priced == 0) return;
+    count(p.scalars(), kRaiseRounds, 1);
+    count(p.scalars(), kRaiseBids, priced);
+    bid_columns_once(p.costs, p.levels(a), s, priced, 0.0);
+  }
+}
+
+// And the rest of it, one shortest path each. `kLevels`: the columns' levels are there.
+template <class T, int kGroups, bool kShared, bool kLevels>
+__device__ CROC_NOINLINE void release_columns(Arguments a) {
+  const Work<T, kGroups, kShared> work(a);
+  const Problem<T>& p = work.p;
+  const State& s = work.s;
+  const std::conditional_t<kLevels, LevelGraph<T>, ColumnGraph<T>> graph = [&] {
+    const ColumnGraph<T> plain{p.costs, s};
+    if constexpr (kLevels)
+      return LevelGraph<T>{plain, p.levels(a)};
+    else
+      return plain;
+  }();
+  // Each search leaves one priced column less, so this ends.
+  for (int priced; (priced = collect_priced(p.costs, s)) > 0;) {
+    count(p.scalars(), kReleased, priced);
+    for (int k = 0; k < priced; ++k) {
+      const int source = s.list[k];
+      const Release end = shortest_release<T, kGroups>(graph, s.list + k);
+      count(p.scalars(), kColumnScans, end.reads);
+      count(p.scalars(), kColumnSteps, end.steps);
+      release(p.costs, s, source, end);
+    }
+  }
+}
+
+// Runs a phase and adds the time it takes to a counter.
+template <class Phase>
+__device__ void timed(const Arguments& a, Counter which, Phase phase) {
+  const int64_t start = clock64();
+  phase();
+  Workspace work;
+  work.carve(a.workspace + blockIdx.x * a.workspace_stride, a);
+  if (Team::all().rank == 0) count(*work.scalars, which, static_cast<int>(clock64() - start));
+}
+
+// Bids, and a forest whenever they stall, while that helps; returns the number of rows left free.
+template <class T, int kGroups, bool kShared>
+__device__ int bid_and_grow(const Arguments& a) {
+  int left = kBidRounds, num_free = 0;
+  const auto bids = [&] {
+    timed(a, kBidTime, [&] { num_free = bid_free<T, kGroups, kShared>(a, &left); });
+  };
+  bids();
+  for (int misses = 0; misses < kForestMisses && num_free > kForestLeast;) {
+    const int before = num_free;
+    bool found = false;
+    timed(a, kForestTime, [&] { found = grow_forest<T, kGroups, kShared>(a, num_free); });
+    if (!found) break;
+    left = max(left, kAfterForest);
+    bids();
+    misses = kForestGain * (before - num_free) >= before ? 0 : misses + 1;
+  }
+  return num_free;
+}
+
+// What match_rows decides by.
+struct Outline {
+  int n = 0;  // 0: there is nothing to match, or not by this block
+  bool many, vectors;
+};
+
+template <class T, int kGroups, bool kShared>
+__device__ Outline begin(const Arguments& a) {
+  const Work<T, kGroups, kShared> work(a);
+  if (work.p.n == 0 || (Team::all().rank != 0 && !work.p.many)) return {};
+  if (work.p.failed()) return {};
+  load_state(work.p, work.s);
+  match_nearest(work.s, work.p.n, work.p.m);
+  return {work.p.n, work.p.many, work.p.costs.vectors};
+}
+
+// Grid (batch, blocks of a cluster).
+template <class T, int kGroups, bool kShared>
 __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
-  CROC_DYNAMIC_SHARED(shared);
-  const Problem<T> p(a);
-  if (p.failed() || p.n == 0) return;
-  State s;
-  s.carve_for_paths(a.paths_in_shared ? shared : p.work.state, a.max_n(), a.max_m(), kGroups);
-  for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.twin[i] = p.work.twin[i];
-  load_state(p, s);
-  const int num_free = block_collect(p.n, s.list, p.n, [&](int i) { return s.column_of[i] < 0; });
-  const bool matched = p.costs.vectors ? match_listed<T, kGroups, true>(p, s, num_free)
-                                       : match_listed<T, kGroups, false>(p, s, num_free);
-  if (!matched) {
-    if (threadIdx.x == 0) p.scalars().status = kInfeasible;
-    return;
+  const Outline outline = begin<T, kGroups, kShared>(a);
+  if (outline.n == 0) return;
+  if (outline.many) {
+    timed(a, kAuctionTime, [&] { bid_together<T, kGroups, kShared>(a); });
+    if (Team::all().rank != 0) return;
   }
-  int raised = 0;
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) raised |= s.row_of[j] < 0 && s.v[j] < 0.0;
-  raised = __syncthreads_or(raised);
-  store_state(p, s);
-  if (threadIdx.x == 0) p.scalars().raised = raised;
-}
-
-// Grid (batch, stripes): raise every unmatched column as far as the row duals let it, all at once.
-template <class T>
-__global__ void raise_columns(Arguments a) {
-  const Problem<T> p(a);
-  if (p.failed() || p.n == 0 || stripe_start() >= p.m || !p.scalars().raised) return;
-  const int column = stripe_start() + static_cast<int>(threadIdx.x);
-  const bool mine =
-      threadIdx.x < kStripe && column < p.m && p.work.row_of[column] < 0 && p.work.v[column] < 0.0;
-  if (!__syncthreads_or(mine)) return;
-  __shared__ double rooms[kStripeThreads / kWarp][kStripe];
-  double room[4] = {infinity(), infinity(), infinity(), infinity()};
-  for_stripe(p.costs, stripe_first(), [&](int row, const T(&x)[4]) {
-    const double u = p.work.u[row];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) room[k] = lesser(room[k], static_cast<double>(x[k]) - u);
+  int num_free = bid_and_grow<T, kGroups, kShared>(a);
+  if (num_free > kAuctionLeast && num_free > outline.n / kAuctionShare) {
+    timed(a, kAuctionTime, [&] { run_auction<T, kGroups, kShared>(a); });
+    num_free = bid_and_grow<T, kGroups, kShared>(a);
+  }
+  bool matched = false;
+  timed(a, kPathTime, [&] {
+    matched = outline.vectors ? match_listed<T, kGroups, kShared, true>(a, num_free)
+                              : match_listed<T, kGroups, kShared, false>(a, num_free);
   });
-#pragma unroll
-  for (int k = 0; k < 4; ++k) rooms[warp_id()][4 * lane_id() + k] = room[k];
-  __syncthreads();
-  if (!mine) return;
-  double least = infinity();
-  for (int w = 0; w < warp_count(); ++w) least = fmin(least, rooms[w][threadIdx.x]);
-  p.work.v[column] = fmin(0.0, fmax(p.work.v[column], least));
-}
-
-// One search per column of the list `waiting`.
-template <class T, int kGroups, class Graph>
-__device__ void release_listed(const Problem<T>& p, const Graph& graph, int count) {
-  int reads = 0, steps = 0;
-  for (int k = 0; k < count; ++k) {
-    const int source = graph.s.waiting[k];
-    const Release end = shortest_release<T, kGroups>(graph, source);
-    reads += end.reads, steps += end.steps;
-    release(p.costs, graph.s, source, end);
+  if (matched) {
+    timed(a, kRaiseTime, [&] { raise_columns<T, kGroups, kShared>(a); });
+    timed(a, kReleaseTime, [&] {
+      if (outline.many && Problem<T>(a).scalars().with_levels)
+        release_columns<T, kGroups, kShared, true>(a);
+      else
+        release_columns<T, kGroups, kShared, false>(a);
+    });
   }
-  if (threadIdx.x == 0) {
-    p.scalars().counters[kColumnScans] = reads;
-    p.scalars().counters[kColumnSteps] = steps;
-    p.scalars().counters[kReleased] = count;
-  }
-}
-
-// Grid (batch). `kLevels`: some problems' columns may be there at 8 bits per cost.
-template <class T, int kGroups, bool kLevels>
-__global__ void __launch_bounds__(kPathThreads, 1) release_columns(Arguments a) {
-  CROC_DYNAMIC_SHARED(shared);
-  const Problem<T> p(a);
-  if (p.failed() || p.n == 0 || !p.scalars().raised) return;
-  State s;
-  s.carve_for_paths(a.paths_in_shared ? shared : p.work.state, a.max_n(), a.max_m(), kGroups);
-  load_state(p, s);
-  const int count =
-      block_collect(p.m, s.waiting, p.m, [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
-  const ColumnGraph<T> graph{p.costs, s};
-  if (kLevels && p.scalars().with_levels)
-    release_listed<T, kGroups>(p, LevelGraph<T>{graph, levels_of<T>(a)}, count);
-  else
-    release_listed<T, kGroups>(p, graph, count);
-  store_state(p, s);
+  const Work<T, kGroups, kShared> work(a);
+  if (matched)
+    store_state(work.p, work.s);
+  else if (threadIdx.x == 0)
+    work.p.scalars().status = kInfeasible;
 }
 
 }  // namespace croc::gpu

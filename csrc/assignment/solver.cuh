@@ -27,70 +27,52 @@ inline int threads_for(int wanted, int most) {
   return threads;
 }
 
-// Where the sequential phases keep their state, and how many columns a thread of the path search
-// owns.
+// Where the sequential phases keep their state, and how many columns a thread of a search owns.
 struct Plan {
-  int64_t bid_shared;   // bytes of shared memory for bidding; 0: its state is in the workspace
-  int bid_blocks;       // that bid for one problem, a cluster
-  int level_rows;       // as in Arguments
-  int64_t path_shared;  // and for the paths
-  int path_threads;
+  int64_t shared;  // bytes of shared memory for their state; 0: it is in the workspace
+  int threads;
   int groups;  // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
+  int blocks;  // that bid for one problem, a cluster
+  int many_rows;  // as in Arguments
 };
 
 // Most bytes of shared memory that a kernel declares itself: the slots of searches and reductions.
 constexpr int kStaticShared = 6 * 1024;
 
-constexpr int kBlocksAtOnce = 128;     // of clusters, on an H100: 16 of 8, 32 of 4
+constexpr int kBlocksAtOnce = 128;  // of clusters, on an H100: 16 of 8, 32 of 4
 
-inline void plan_bidding(Plan& plan, int max_n, int max_m, int64_t limit, int blocks) {
-  State s;
-  plan.bid_blocks = blocks;
-  plan.bid_shared = s.carve_for_bidding(nullptr, max_n, max_m, blocks);
-  if (plan.bid_shared <= limit) return;
-  plan.bid_shared = 0;
-  if (blocks > 1) plan_bidding(plan, max_n, max_m, limit, 1);
-}
-
-// `most_blocks` that a cluster may have; 1: the device knows none.
-inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int most_blocks) {
-  const int64_t limit = shared_limit - kStaticShared;
+// `most_blocks` that a cluster may have; 1: the device knows none. No result depends on how many.
+inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int most_blocks,
+                      int many_rows = kManyRows) {
   State s;
   Plan plan{};
-  int blocks = max_n < kManyRows ? 1 : most_blocks;
-  while (blocks > 1 && int64_t{blocks} * batch > kBlocksAtOnce) blocks /= 2;
-  plan_bidding(plan, max_n, max_m, limit, blocks);
-  plan.level_rows = kManyRows;
+  plan.many_rows = many_rows;
+  plan.blocks = max_n < many_rows ? 1 : most_blocks;
+  while (plan.blocks > 1 && int64_t{plan.blocks} * batch > kBlocksAtOnce) plan.blocks /= 2;
   plan.groups = max_m <= 4 * kPathThreads ? 1 : max_m <= 16 * kPathThreads ? 4 : 0;
-  plan.path_threads = threads_for(ceil_div(max_m, 4), kPathThreads);
-  plan.path_shared = s.carve_for_paths(nullptr, max_n, max_m, plan.groups);
-  if (plan.path_shared > limit) plan.path_shared = 0;
-  return plan;
+  plan.threads = threads_for(ceil_div(max_m, 4), kPathThreads);
+  plan.shared = s.carve(nullptr, max_n, max_m, plan.groups, plan.blocks);
+  if (plan.groups > 0 && plan.shared <= shared_limit - kStaticShared) return plan;
+  plan.shared = 0;
+  // What the blocks of a cluster tell each other is in their shared memory, and takes more of it.
+  return plan.blocks > 1 ? make_plan(batch, max_n, max_m, shared_limit, 1, many_rows) : plan;
 }
 
 // Sets the layout of the workspace; returns its bytes for the whole batch.
 inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
   State s;
-  const int64_t bidding =
-      plan.bid_shared > 0 ? 0 : s.carve_for_bidding(nullptr, a.max_n(), a.max_m(), 1);
-  const int64_t paths =
-      plan.path_shared > 0 ? 0 : s.carve_for_paths(nullptr, a.max_n(), a.max_m(), plan.groups);
-  a.level_rows = plan.level_rows;
-  a.paths_in_shared = plan.path_shared > 0;
-  a.state_bytes = bidding > paths ? bidding : paths;
+  a.many_rows = plan.many_rows;
+  a.state_bytes = plan.shared > 0 ? 0 : s.carve(nullptr, a.max_n(), a.max_m(), plan.groups, 1);
   Workspace w;
   a.workspace_stride = w.carve(nullptr, a);
   return a.workspace_stride * a.batch;
 }
 
-template <class T, int kGroups, class Launcher>
-void finish(const Launcher& launch, const Arguments& a, const Plan& plan, dim3 stripes,
-            int stripe_threads) {
-  const dim3 problems(a.batch);
-  launch(match_rows<T, kGroups>, problems, plan.path_threads, plan.path_shared, a);
-  launch(raise_columns<T>, stripes, stripe_threads, 0, a);
-  launch(a.max_n() < a.level_rows ? release_columns<T, kGroups, false> : release_columns<T, kGroups, true>,
-         problems, plan.path_threads, plan.path_shared, a);
+template <class T>
+auto matching_kernel(const Plan& plan) -> void (*)(Arguments) {
+  if (plan.groups == 0) return match_rows<T, 0, false>;
+  if (plan.groups == 1) return plan.shared > 0 ? match_rows<T, 1, true> : match_rows<T, 1, false>;
+  return plan.shared > 0 ? match_rows<T, 4, true> : match_rows<T, 4, false>;
 }
 
 template <class T, class Launcher>
@@ -118,15 +100,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(start_from_sinkhorn<T>, problems, problem_threads, 0, a);
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
-    const int bid_threads = threads_for(ceil_div(a.max_m(), 4), kBidThreads);
-    launch(plan.bid_shared > 0 ? bid_rows<T, true> : bid_rows<T, false>,
-           dim3(a.batch, plan.bid_blocks), bid_threads, plan.bid_shared, a, plan.bid_blocks);
-    if (plan.groups == 1)
-      finish<T, 1>(launch, a, plan, stripes, stripe_threads);
-    else if (plan.groups == 4)
-      finish<T, 4>(launch, a, plan, stripes, stripe_threads);
-    else
-      finish<T, 0>(launch, a, plan, stripes, stripe_threads);
+    launch(matching_kernel<T>(plan), dim3(a.batch, plan.blocks), plan.threads, plan.shared, a,
+           plan.blocks);
     launch(measure_slack<T>, rows, kRowThreads, 0, a);
   }
   launch(write_results<T>, problems, kRowThreads, 0, a);

@@ -409,6 +409,11 @@ void maybe_switch() {
   if (current.shuffled && next_random() % 4 == 0) pause(Wait::kReady);
 }
 
+int64_t clock() {
+  static int64_t now = 0;
+  return ++now;
+}
+
 unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(machine->shared.data()); }
 
 void start(uint64_t seed) {

@@ -64,6 +64,7 @@ uint64_t warp_reduce(Op op, uint64_t value, int site);
 uint64_t warp_shuffle(uint64_t value, int source, int site);
 void check_mask(unsigned mask);
 void maybe_switch();  // before an atomic: other threads may come first
+int64_t clock();  // rises by one with every call
 unsigned char* dynamic_shared();
 
 template <class T>
@@ -143,6 +144,10 @@ T atomicMin(T* address, T value) {
   return emulation::update(address, [value](T before) { return std::min(before, value); });
 }
 template <class T>
+T atomicAdd(T* address, T value) {
+  return emulation::update(address, [value](T before) { return before + value; });
+}
+template <class T>
 T atomicMax(T* address, T value) {
   return emulation::update(address, [value](T before) { return std::max(before, value); });
 }
@@ -176,6 +181,7 @@ inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigne
 inline int __clzll(long long x) {
   return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
 }
+inline int64_t clock64() { return emulation::clock(); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 using std::fma, std::fmax, std::fmaxf, std::fmin, std::ldexp, std::log, std::max, std::min, std::rint;

@@ -67,11 +67,8 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
   a.maximize = maximize, a.cost_bytes = is_double ? 8 : 4, a.batch = batch, a.rows = rows, a.columns = columns;
   a.index = index, a.row_dual = row_dual, a.column_dual = column_dual, a.gap = gap,
   a.status = status;
-  Plan plan = make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit), kMostBlocks);
-  if (blocks > 0) {
-    plan_bidding(plan, a.max_n(), a.max_m(), shared_limit - kStaticShared, blocks);
-    plan.level_rows = 1;
-  }
+  const Plan plan = make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit),
+                              blocks > 0 ? blocks : kMostBlocks, blocks > 0 ? 1 : kManyRows);
   const int64_t bytes = plan_workspace(a, plan);
   std::vector<unsigned char> workspace(bytes + 4096, kPoison);
   a.workspace = workspace.data();
