@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kPathThreads, 1)
   CROC_DYNAMIC_SHARED(shared);
   const Problem<float> p(a);
   State s;
-  s.carve(shared, a.max_n(), a.max_m(), kGroups);
+  s.carve(shared, a.max_n(), a.max_m(), kGroups, 1);
   for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) s.v[j] = 0.0;
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.row_of[j] = j < p.n - 1 ? j : -1;
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.u[i] = 0.0, s.twin[i] = i;
