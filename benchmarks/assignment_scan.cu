@@ -156,6 +156,17 @@ std::vector<float> make_costs(const std::string& family, int batch, int n, int m
   return cost;
 }
 
+// Of the indices and column duals (FNV-1a): equal solutions have equal digests.
+uint64_t digest_of(const Arguments& a) {
+  std::vector<int64_t> words(static_cast<size_t>(a.batch) * (a.rows + a.columns));
+  int64_t* duals = words.data() + static_cast<int64_t>(a.batch) * a.rows;
+  CHECK(cudaMemcpy(words.data(), a.index, int64_t{8} * a.batch * a.rows, cudaMemcpyDeviceToHost));
+  CHECK(cudaMemcpy(duals, a.column_dual, int64_t{8} * a.batch * a.columns, cudaMemcpyDeviceToHost));
+  uint64_t digest = 14695981039346656037u;
+  for (const int64_t word : words) digest = (digest ^ static_cast<uint64_t>(word)) * 1099511628211u;
+  return digest;
+}
+
 void measure_solve(const std::string& name, const std::vector<float>& cost, int batch, int n,
                    int m) {
   Arguments a{};
@@ -208,9 +219,11 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
     if (cycles > longest) std::copy_n(counters, kCounters, slowest);
     longest = std::max(longest, cycles);
   }
-  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g",
+  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g, "
+              "\"digest\": \"%016llx\"",
               name.c_str(), batch, n, m, median(times[kLaunches]),
-              *std::max_element(gaps.begin(), gaps.end()));
+              *std::max_element(gaps.begin(), gaps.end()),
+              static_cast<unsigned long long>(digest_of(a)));
   for (const auto& [which, counters] : {std::pair("most", most), std::pair("slowest", slowest)}) {
     std::printf(", \"%s\": {", which);
     for (int c = 0; c < kCounters; ++c)

@@ -55,10 +55,17 @@ __device__ inline Placed place_bid(const State& s, Bid bid, double epsilon) {
   return {bid.column, s.v[bid.column] - fmax(step, 0.0)};
 }
 
-// Bids for all free rows, by a warp each.
+__device__ inline void outbid(const State& s, int column, double price) {
+  atomicMin(reinterpret_cast<unsigned long long*>(&s.best[column]),
+            static_cast<unsigned long long>(ordered(price)));
+}
+
+// Bids for all free rows, by a warp each; returns whether any was made. Then s.best has the best bid
+// for every column.
 template <class T>
-__device__ void place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s, Team team,
+__device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s, Team team,
                            int num_free, double epsilon) {
+  bool made = false;
   for (int k = team.warp(); k < num_free; k += team.warps()) {
     const int row = s.list[k];
     const Bid bid =
@@ -66,25 +73,28 @@ __device__ void place_bids(const Costs<T>& costs, const Lists<T>& lists, const S
     const Placed placed = place_bid(s, bid, epsilon);
     if (is_finite(bid.least)) team.tell(&s.u[row], bid.least);
     team.tell(&s.target[k], placed.target);
+    if (placed.target < 0) continue;
     team.tell(&s.bid[k], placed.price);
+    made = true;
+    if (team.size == 1 && lane_id() == 0) outbid(s, placed.target, placed.price);
   }
-  team.wait();
+  if (team.size > 1) {
+    team.wait();
+    for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
+      if (s.target[k] < 0) continue;
+      outbid(s, s.target[k], s.bid[k]);
+      made = true;
+    }
+  }
+  return __syncthreads_or(made) != 0;
 }
 
-// The best bid of each column takes it; among equal bids the lowest row. Returns whether any was
-// made. The caller's next barrier comes before the next use of `path`.
-__device__ inline bool award(const State& s, int num_free) {
-  bool made = false;
+// The best bid of each column takes it; among equal bids the lowest row. A barrier must follow
+// before the next use of `path`.
+__device__ inline void award(const State& s, int num_free) {
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
-    if (s.target[k] < 0) continue;
-    made = true;
-    atomicMin(reinterpret_cast<unsigned long long*>(&s.best[s.target[k]]),
-              static_cast<unsigned long long>(ordered(s.bid[k])));
-  }
-  if (__syncthreads_or(made) == 0) return false;
-  for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
-    const int column = s.target[k];
-    if (column >= 0 && s.best[column] == ordered(s.bid[k])) atomicMin(&s.path[column], s.list[k]);
+    const int row = s.list[k], column = s.target[k];
+    if (column >= 0 && s.best[column] == ordered(s.bid[k])) atomicMin(&s.path[column], row);
   }
   __syncthreads();
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
@@ -96,14 +106,14 @@ __device__ inline bool award(const State& s, int num_free) {
     s.column_of[row] = column;
     s.u[row] += s.v[column] - s.bid[k];
     s.v[column] = s.bid[k];
-    s.best[column] = ~uint64_t{0};
   }
   __syncthreads();
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
     const int column = s.target[k];
-    if (column >= 0 && s.column_of[s.list[k]] == column) s.path[column] = kNobody;
+    if (column < 0 || s.column_of[s.list[k]] != column) continue;  // the winner clears up
+    s.best[column] = ~uint64_t{0};
+    s.path[column] = kNobody;
   }
-  return true;
 }
 
 // Rounds until at most `enough` rows are free, no bid can be made, or none of the rounds `left` is.
@@ -122,10 +132,9 @@ __device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int
       round = 0, before = num_free;
     }
     if (team.rank == 0) count(p.scalars(), kRounds, 1), count(p.scalars(), kBids, num_free);
-    place_bids(p.costs, lists, s, team, num_free, epsilon);
-    const bool made = award(s, num_free);
+    if (!place_bids(p.costs, lists, s, team, num_free, epsilon)) break;
+    award(s, num_free);
     s.turn_page();
-    if (!made) break;
     num_free = block_collect(p.n, s.list, p.n, free);
   }
   return num_free;
