@@ -132,9 +132,10 @@ __device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int
       round = 0, before = num_free;
     }
     if (team.rank == 0) count(p.scalars(), kRounds, 1), count(p.scalars(), kBids, num_free);
-    if (!place_bids(p.costs, lists, s, team, num_free, epsilon)) break;
-    award(s, num_free);
+    const bool made = place_bids(p.costs, lists, s, team, num_free, epsilon);
+    if (made) award(s, num_free);
     s.turn_page();
+    if (!made) break;
     num_free = block_collect(p.n, s.list, p.n, free);
   }
   return num_free;
