@@ -44,17 +44,51 @@ __device__ inline void add_offer(double reduced, int row, double& least, double&
   least = nearer ? reduced : least;
 }
 
+constexpr int kLoads = 8;  // of a column that a lane has under way: all, then their use
+
 // One warp reads every `parts`-th group of rows of a column, from group `part` on.
 template <class T>
 __device__ Offer find_offer(const Costs<T>& costs, const State& s, int column, int part,
                             int parts) {
+  const int stride = parts * kWarp;
   double least = infinity(), second = infinity();
   unsigned key = ~0u;
-#pragma unroll 8
-  for (int i = part * kWarp + lane_id(); i < costs.n; i += parts * kWarp) {
-    add_offer(costs.at(i, column) - s.u[i], i, least, second, key);
+  for (int from = part * kWarp + lane_id(); from < costs.n; from += kLoads * stride) {
+    double x[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int i = from + j * stride;
+      x[j] = i < costs.n ? costs.at(i, column) : infinity();
+    }
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int i = from + j * stride;
+      add_offer(x[j] - s.u[i < costs.n ? i : 0], i, least, second, key);
+    }
   }
   return warp_offer(least, second, key);
+}
+
+// Four levels at a time of every `stride`-th row from `from` on, kLoads times: each(their place among all, the
+// levels, the duals of their rows).
+template <class Each>
+__device__ void for_levels(const unsigned char* levels, const double* row_dual, int from, int stride,
+                           int n, Each each) {
+  unsigned words[kLoads];
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) {
+    const int i = from + j * stride;
+    words[j] = i < n ? *reinterpret_cast<const unsigned*>(levels + i) : ~0u;  // kNoLevel
+  }
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) {
+    const int i = from + j * stride;
+    double u[kRowsPerWord];
+    four(row_dual, i < n ? i : 0, u);
+#pragma unroll
+    for (int k = 0; k < kRowsPerWord; ++k)
+      each(kRowsPerWord * j + k, level_in(words[j], k), u[k]);
+  }
 }
 
 // The same from the column's levels.
@@ -65,46 +99,34 @@ __device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels<T> levels, cons
   const unsigned char* its_levels = levels.column(column);
   const int start = kRowsPerWord * (part * kWarp + lane_id());
   const int stride = kRowsPerWord * parts * kWarp;
-  const auto visit = [&](int from, int to, auto each) {
-#pragma unroll 8
-    for (int first = from; first < to; first += stride) {
-      const unsigned word = *reinterpret_cast<const unsigned*>(its_levels + first);
-      double u[kRowsPerWord];
-      four(row_dual, first, u);
-      each(word, u);
-    }
-  };
   double nearest = infinity();  // upper end
-  visit(start, costs.n, [&](unsigned word, const double(&u)[kRowsPerWord]) {
-#pragma unroll
-    for (int k = 0; k < kRowsPerWord; ++k) {
-      const unsigned level = level_in(word, k);
-      const double upper = fma(number_of(level) + 1.0, step, low) - u[k];
+  for (int from = start; from < costs.n; from += kLoads * stride)
+    for_levels(its_levels, row_dual, from, stride, costs.n, [&](int, unsigned level, double u) {
+      const double upper = fma(number_of(level) + 1.0, step, low) - u;
       nearest = level != kNoLevel ? lesser(nearest, upper) : nearest;
-    }
-  });
+    });
   // Of two lanes' nearest, the further: at least two rows are that near.
   const unsigned lane = static_cast<unsigned>(lane_id());
   const Least found = warp_least({ordered(nearest), lane});
   const double bound = from_ordered(warp_min(ordered(found.key == lane ? infinity() : nearest)));
   double least = infinity(), second = infinity();
   unsigned key = ~0u;
-  for (int chunk = start; chunk < costs.n; chunk += kHeldWords * stride) {
+  for (int chunk = start; chunk < costs.n; chunk += 2 * kLoads * stride) {
     uint64_t promising = 0;
-    int bit = 0;
-    visit(chunk, min(costs.n, chunk + kHeldWords * stride),
-          [&](unsigned word, const double(&u)[kRowsPerWord]) {
-#pragma unroll
-            for (int k = 0; k < kRowsPerWord; ++k) {
-              const bool is = fma(number_of(level_in(word, k)), step, low) - u[k] <= bound;
-              promising |= static_cast<uint64_t>(is) << (bit + k);
-            }
-            bit += kRowsPerWord;
-          });
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      unsigned bits = 0;
+      for_levels(its_levels, row_dual, chunk + half * kLoads * stride, stride, costs.n,
+                 [&](int place, unsigned level, double u) {
+                   const bool is = fma(number_of(level), step, low) - u <= bound;
+                   bits |= static_cast<unsigned>(is) << place;
+                 });
+      promising |= static_cast<uint64_t>(bits) << (32 * half);
+    }
     while (promising != 0) {
-      const int which = __ffsll(static_cast<long long>(promising)) - 1;
+      const int place = __ffsll(static_cast<long long>(promising)) - 1;
       promising &= promising - 1;
-      const int row = chunk + which / kRowsPerWord * stride + which % kRowsPerWord;
+      const int row = chunk + place / kRowsPerWord * stride + place % kRowsPerWord;
       if (row < costs.n)
         add_offer(costs.at(row, column) - row_dual[row], row, least, second, key);
     }
@@ -168,7 +190,7 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
   for (int k = threadIdx.x; k < count; k += blockDim.x) {
     const int row = s.target[k], column = s.list[k];
     if (row < 0 || s.path[row] != column) continue;
-    s.row_of[s.column_of[row]] = -1;
+    if (s.column_of[row] >= 0) s.row_of[s.column_of[row]] = -1;
     s.row_of[column] = row;
     s.column_of[row] = column;
     s.u[row] = s.bid[k];

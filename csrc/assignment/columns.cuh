@@ -18,7 +18,6 @@ namespace croc::gpu {
 constexpr unsigned kNoLevel = 255;  // +inf, or beyond the last row: only the lower end holds
 constexpr double kLevels = 254.0;
 constexpr int kRowsPerWord = 4;
-constexpr int kHeldWords = 16;  // of a lane at once: 64 rows, one bit each
 
 struct alignas(16) LevelWords {
   unsigned of[kLevelRows / kRowsPerWord];

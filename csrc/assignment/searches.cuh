@@ -1,9 +1,9 @@
-// The kernel that matches a problem, given the start: with many rows bids and an auction by all blocks
-// of a cluster, then by the first of them, or by one block alone: bids, and forests where they stall; the
-// auction where that is not enough; shortest paths for the rows that are still free; then the
-// reverse pass. After the paths every row is matched, but a column that nobody took may still have a
-// negative dual: it was priced for a demand that did not come. Each such column is raised to zero,
-// or takes a row.
+// The kernel that matches a problem, given the start: with many rows bids and an auction by all
+// blocks of a cluster; then, by the first of them, bids, and forests where they stall; the auction
+// where that is not enough; bids by columns that have a price but no row; shortest paths for the rows
+// that are still free; then the reverse pass. After the paths every row is matched, but a column that
+// nobody took may still have a negative dual: it was priced for a demand that did not come. Each such
+// column is raised to zero, or takes a row.
 #pragma once
 
 #include "forest.cuh"
@@ -19,7 +19,7 @@ constexpr int kForestGain = 16;   // a forest helps if n / 16 of the free rows f
 constexpr int kForestMisses = 2;  // in a row that end them
 constexpr int kAuctionShare = 3;   // the auction is for more than n / 3 free rows
 constexpr int kAuctionLeast = 32;  // and more than this many
-constexpr int kRaiseLimit = 8;     // rounds by columns before their paths
+constexpr int kRaiseLimit = 8;     // rounds by columns before the paths
 constexpr int kTogetherRounds = 40;  // with many rows, before
 constexpr int kTogetherFree = 160;   // more free rows than this are auctioned
 
@@ -88,6 +88,26 @@ __device__ CROC_NOINLINE void bid_together(Arguments a) {
   auction(p, levels, work.s, team);
 }
 
+// Rounds of bids by the priced columns, while a few rows are still free: many find one, or need no
+// price any more, and the paths become shorter. Returns the number of rows left free, listed in
+// s.list.
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE int raise_columns(Arguments a) {
+  const Work<T, kGroups, kShared> work(a);
+  const Problem<T>& p = work.p;
+  const State& s = work.s;
+  settle_rows(p.costs, s);
+  clear_bids(s, p.m);
+  for (int round = 0; round < kRaiseLimit; ++round) {
+    const int priced = collect_priced(p.costs, s);
+    if (priced == 0) break;
+    count(p.scalars(), kRaiseRounds, 1);
+    count(p.scalars(), kRaiseBids, priced);
+    bid_columns_once(p.costs, p.levels(a), s, priced, 0.0);
+  }
+  return block_collect(p.n, s.list, p.n, [&](int row) { return s.column_of[row] < 0; });
+}
+
 // One shortest path per free row; false if there is none for a row.
 template <class T, int kGroups, bool kShared, bool kVectors>
 __device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
@@ -106,23 +126,7 @@ __device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
   return true;
 }
 
-// The reverse pass: rounds of bids by columns, which settle most of them.
-template <class T, int kGroups, bool kShared>
-__device__ CROC_NOINLINE void raise_columns(Arguments a) {
-  const Work<T, kGroups, kShared> work(a);
-  const Problem<T>& p = work.p;
-  const State& s = work.s;
-  clear_bids(s, p.m);
-  for (int round = 0; round < kRaiseLimit; ++round) {
-    const int priced = collect_priced(p.costs, s);
-    if (priced == 0) return;
-    count(p.scalars(), kRaiseRounds, 1);
-    count(p.scalars(), kRaiseBids, priced);
-    bid_columns_once(p.costs, p.levels(a), s, priced, 0.0);
-  }
-}
-
-// And the rest of it, one shortest path each. `kLevels`: the columns' levels are there.
+// What remains of the reverse pass, one shortest path each. `kLevels`: the columns' levels are there.
 template <class T, int kGroups, bool kShared, bool kLevels>
 __device__ CROC_NOINLINE void release_columns(Arguments a) {
   const Work<T, kGroups, kShared> work(a);
@@ -208,20 +212,19 @@ __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
     timed(a, kAuctionTime, [&] { run_auction<T, kGroups, kShared>(a); });
     num_free = bid_and_grow<T, kGroups, kShared>(a);
   }
+  timed(a, kRaiseTime, [&] { num_free = raise_columns<T, kGroups, kShared>(a); });
   bool matched = false;
   timed(a, kPathTime, [&] {
     matched = outline.vectors ? match_listed<T, kGroups, kShared, true>(a, num_free)
                               : match_listed<T, kGroups, kShared, false>(a, num_free);
   });
-  if (matched) {
-    timed(a, kRaiseTime, [&] { raise_columns<T, kGroups, kShared>(a); });
+  if (matched)
     timed(a, kReleaseTime, [&] {
       if (outline.many && Problem<T>(a).scalars().with_levels)
         release_columns<T, kGroups, kShared, true>(a);
       else
         release_columns<T, kGroups, kShared, false>(a);
     });
-  }
   const Work<T, kGroups, kShared> work(a);
   if (matched)
     store_state(work.p, work.s);
