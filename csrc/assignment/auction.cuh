@@ -13,14 +13,15 @@ constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
 constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
 
-// epsilon = the costs' local scale times `first`, and `fall` times the one before.
+// epsilon = the costs' local scale times `first`, and `fall` times the one before. Few priced columns left by
+// a phase, and few free rows by the last one, are cheaper in what follows.
 struct Schedule {
   double first, fall;
-  int phases;
+  int phases, priced, last_priced, last_free;
 };
 
 __device__ inline Schedule schedule_for(bool many_rows) {
-  return many_rows ? Schedule{2.0, 0.125, 3} : Schedule{1.0, 0.25, 4};
+  return many_rows ? Schedule{2.0, 0.125, 3, 2, 4, 8} : Schedule{1.0, 0.25, 4, 0, 0, 0};
 }
 
 struct Offer {
@@ -221,16 +222,16 @@ __device__ int collect_priced(const Costs<T>& costs, const State& s) {
                        [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
 }
 
-// Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row
-// must be matched. Columns at work are few: each block of a team repeats these rounds, and none
+// Rounds until at most `enough` unmatched columns have a negative dual; returns whether that was
+// reached. Columns at work are few: each block of a team repeats these rounds, and none
 // waits for another.
 template <class T>
 __device__ bool bid_columns(const Problem<T>& p, const Levels<T>& levels, const State& s, Team team,
-                            double epsilon) {
+                            double epsilon, int enough) {
   int bids = 0;
   for (int round = 0; round < kAuctionRounds && (round < kPatience || bids > 2 * round); ++round) {
     const int priced = collect_priced(p.costs, s);
-    if (priced == 0) return true;
+    if (priced <= enough) return true;
     if (team.rank == 0) {
       count(p.scalars(), kReverseRounds, 1);
       count(p.scalars(), kReverseBids, priced);
@@ -270,12 +271,13 @@ __device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, 
   const Schedule schedule = schedule_for(p.many);
   double epsilon = -on_grid(-schedule.first * p.scalars().spread, p.scalars());
   for (int phase = 0; phase < schedule.phases && epsilon > 0.0; ++phase) {
+    const bool last = phase + 1 == schedule.phases;
+    const int free = last ? schedule.last_free : 0;
     int left = kAuctionRounds;
-    const bool done = bid(p, s, team, epsilon, left, 0, p.n) == 0 &&
-                      bid_columns(p, levels, s, team, epsilon);
-    epsilon = done && phase + 1 < schedule.phases
-                  ? -on_grid(-schedule.fall * epsilon, p.scalars())
-                  : 0.0;
+    const bool done = bid(p, s, team, epsilon, left, free, p.n) <= free &&
+                      bid_columns(p, levels, s, team, epsilon,
+                                  last ? schedule.last_priced : schedule.priced);
+    epsilon = done && !last ? -on_grid(-schedule.fall * epsilon, p.scalars()) : 0.0;
     drop_loose_pairs(p.costs, p.lists(), s, team, epsilon);
   }
 }
