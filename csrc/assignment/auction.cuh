@@ -5,7 +5,7 @@
 #pragma once
 
 #include "bidding.cuh"
-#include "columns.cuh"
+#include "levels.cuh"
 
 namespace croc::gpu {
 

@@ -62,7 +62,7 @@ struct FourCosts {
   __device__ T sum(T sign, int k, T base) const { return sum_down(sign, x[k], base); }
 };
 
-// The same at 8 bits, see columns.cuh: sums are lower bounds.
+// The same at 8 bits, see levels.cuh: sums are lower bounds.
 template <class T>
 struct FourLevels {
   unsigned word = 0;

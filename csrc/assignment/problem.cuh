@@ -41,7 +41,7 @@ struct Scalars {
   int status;
   int low_exponent;    // every finite cost is a multiple of 2^low_exponent
   int high_exponent;   // and smaller than 2^(high_exponent + 1)
-  int with_levels;     // 1 if the columns' levels are there, see columns.cuh
+  int with_levels;     // 1 if the columns' levels are there, see levels.cuh
   int from_means;      // the start of the column duals: 1 column means, 0 zero
   double spread;       // local scale: distance from a row's least reduced cost to about its ninth,
                        // median row
@@ -148,7 +148,7 @@ struct Lists {
   float* bound;  // (n, kWarp)
 };
 
-// Columns at 8 bits per cost, see columns.cuh.
+// Columns at 8 bits per cost, see levels.cuh.
 template <class T>
 struct Levels {
   unsigned char* level;  // (m, pitch), or null: columns are read from the costs

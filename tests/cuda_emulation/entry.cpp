@@ -127,7 +127,7 @@ extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t sha
   return plan_workspace(a, plan);
 }
 
-// What columns.cuh says of costs, (rows, columns) doubles: for each the two ends that its level gives.
+// What levels.cuh says of costs, (rows, columns) doubles: for each the two ends that its level gives.
 extern "C" const char* level_ends(const void* cost, int is_double, int rows, int columns,
                                   double* lower, double* upper, int* levels) {
   emulation::start(0);
