@@ -4,7 +4,7 @@
 // state that the exact phases finish in few steps.
 #pragma once
 
-#include "bidding.cuh"
+#include "columns.cuh"
 #include "levels.cuh"
 
 namespace croc::gpu {
@@ -45,26 +45,30 @@ __device__ inline void add_offer(double reduced, int row, double& least, double&
   least = nearer ? reduced : least;
 }
 
-constexpr int kLoads = 8;  // of a column that a lane has under way: all, then their use
+constexpr int kLoads = 8;  // of a column that a lane has under way
 
-// One warp reads every `parts`-th group of rows of a column, from group `part` on.
+// One warp reads every `parts`-th group of rows of a column, from group `part` on. All loads of a
+// batch come before its stores, which they could not overtake.
 template <class T>
-__device__ Offer find_offer(const Costs<T>& costs, const State& s, int column, int part,
+__device__ Offer find_offer(const Costs<T>& costs, const State& s, T* copies, int column, int part,
                             int parts) {
-  const int stride = parts * kWarp;
+  const Column<T> entries(costs, s, copies, column);
   double least = infinity(), second = infinity();
   unsigned key = ~0u;
-  for (int from = part * kWarp + lane_id(); from < costs.n; from += kLoads * stride) {
-    double x[kLoads];
+  for (int first = part * kWarp + lane_id(); first < costs.n; first += kLoads * parts * kWarp) {
+    T x[kLoads];
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      const int i = from + j * stride;
-      x[j] = i < costs.n ? costs.at(i, column) : infinity();
+    for (int b = 0; b < kLoads; ++b) {
+      const int i = first + b * parts * kWarp;
+      x[b] = i < costs.n ? entries.from[i * entries.stride] : static_cast<T>(0);
     }
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) {
-      const int i = from + j * stride;
-      add_offer(x[j] - s.u[i < costs.n ? i : 0], i, least, second, key);
+    for (int b = 0; b < kLoads; ++b) {
+      const int i = first + b * parts * kWarp;
+      if (i >= costs.n) break;
+      if (entries.to != nullptr) entries.to[i] = x[b];
+      const double reduced = static_cast<double>(costs.sign * x[b]) - s.u[i];
+      add_offer(reduced, i, least, second, key);
     }
   }
   return warp_offer(least, second, key);
@@ -138,9 +142,10 @@ __device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels<T> levels, cons
 // Every listed column offers its nearest row a place at a price that its second choice sets, or
 // gives up its price. Where columns are few, several warps share one.
 template <class T>
-__device__ void place_offers(const Costs<T>& costs, const Levels<T>& levels, const State& s, int count,
+__device__ void place_offers(const Problem<T>& p, const Levels<T>& levels, const State& s, int count,
                              double epsilon) {
   __shared__ Offer offers[kWarp];
+  const Costs<T>& costs = p.costs;
   int parts = 1;
   while (2 * parts * count <= warp_count()) parts *= 2;
   const auto place = [&](int k, Offer offer) {
@@ -155,10 +160,10 @@ __device__ void place_offers(const Costs<T>& costs, const Levels<T>& levels, con
               static_cast<unsigned long long>(ordered(s.bid[k])));
   };
   for (int k = warp_id() / parts; k < count; k += warp_count() / parts) {
-    const int part = warp_id() % parts;
+    const int column = s.list[k], part = warp_id() % parts;
     const Offer offer = levels.level != nullptr
-                            ? find_offer(costs, levels, s.u, s.list[k], part, parts)
-                            : find_offer(costs, s, s.list[k], part, parts);
+                            ? find_offer(costs, levels, s.u, column, part, parts)
+                            : find_offer(costs, s, p.copies(), column, part, parts);
     if (lane_id() != 0) continue;
     if (parts > 1)
       offers[warp_id()] = offer;
@@ -182,6 +187,7 @@ template <class T>
 __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) {
   for (int k = threadIdx.x; k < count; k += blockDim.x) {
     const int row = s.target[k], column = s.list[k];
+    if (s.slot[column] >= 0) fill_slot(s, column);
     if (row < 0)
       s.v[column] = 0.0;
     else if (s.best[row] == ordered(s.bid[k]))
@@ -209,10 +215,12 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
 
 // One round of the listed columns.
 template <class T>
-__device__ void bid_columns_once(const Costs<T>& costs, const Levels<T>& levels, const State& s,
+__device__ void bid_columns_once(const Problem<T>& p, const Levels<T>& levels, const State& s,
                                  int priced, double epsilon) {
-  place_offers(costs, levels, s, priced, epsilon);
-  accept_offers(costs, s, priced);
+  for (int k = threadIdx.x; k < priced; k += blockDim.x) take_slot(s, s.list[k], p.slots);
+  __syncthreads();
+  place_offers(p, levels, s, priced, epsilon);
+  accept_offers(p.costs, s, priced);
 }
 
 // Lists the unmatched columns with a negative dual, as far as there is room; returns how many.
@@ -237,7 +245,7 @@ __device__ bool bid_columns(const Problem<T>& p, const Levels<T>& levels, const 
       count(p.scalars(), kReverseBids, priced);
     }
     bids += priced;
-    bid_columns_once(p.costs, levels, s, priced, epsilon);
+    bid_columns_once(p, levels, s, priced, epsilon);
   }
   return false;
 }

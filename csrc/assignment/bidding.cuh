@@ -61,22 +61,34 @@ __device__ inline void outbid(const State& s, int column, double price) {
 }
 
 // Bids for all free rows, by a warp each; returns whether any was made. Then s.best has the best bid
-// for every column.
+// for every column. A warp that is done takes the next row: some have to read parts of their row
+// again. `next` is zero before and after.
 template <class T>
 __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s, Team team,
-                           int num_free, double epsilon) {
+                           int num_free, double epsilon, int& next) {
   bool made = false;
-  for (int k = team.warp(); k < num_free; k += team.warps()) {
-    const int row = s.list[k];
+  const int mine = (num_free - team.rank + team.size - 1) / team.size;  // of the block: every size-th
+  int turn = warp_id();
+  while (turn < mine) {
+    const int k = team.rank + turn * team.size, row = s.list[k];
     const Bid bid =
         lists.bound != nullptr ? bid_from_list(costs, lists, s, row) : find_bid(costs, s, row);
     const Placed placed = place_bid(s, bid, epsilon);
     if (is_finite(bid.least)) team.tell(&s.u[row], bid.least);
     team.tell(&s.target[k], placed.target);
-    if (placed.target < 0) continue;
     team.tell(&s.bid[k], placed.price);
-    made = true;
-    if (team.size == 1 && lane_id() == 0) outbid(s, placed.target, placed.price);
+    made |= placed.target >= 0;
+    if (mine <= warp_count()) {
+      if (team.size == 1 && lane_id() == 0 && placed.target >= 0)
+        outbid(s, placed.target, placed.price);
+      break;
+    }
+    int taken = 0;
+    if (lane_id() == 0) {
+      if (team.size == 1 && placed.target >= 0) outbid(s, placed.target, placed.price);
+      taken = atomicAdd(&next, 1);
+    }
+    turn = warp_count() + __shfl_sync(kAllLanes, taken, 0);
   }
   if (team.size > 1) {
     team.wait();
@@ -86,7 +98,9 @@ __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const S
       made = true;
     }
   }
-  return __syncthreads_or(made) != 0;
+  const bool any = __syncthreads_or(made) != 0;
+  if (threadIdx.x == 0) next = 0;
+  return any;
 }
 
 // The best bid of each column takes it; among equal bids the lowest row. A barrier must follow
@@ -122,6 +136,8 @@ __device__ inline void award(const State& s, int num_free) {
 template <class T>
 __device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int& left, int enough,
                    int patient) {
+  __shared__ int next;
+  if (threadIdx.x == 0) next = 0;
   const Lists<T> lists = p.lists();
   const auto free = [&](int row) { return s.column_of[row] < 0; };
   int num_free = block_collect(p.n, s.list, p.n, free);
@@ -132,7 +148,7 @@ __device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int
       round = 0, before = num_free;
     }
     if (team.rank == 0) count(p.scalars(), kRounds, 1), count(p.scalars(), kBids, num_free);
-    const bool made = place_bids(p.costs, lists, s, team, num_free, epsilon);
+    const bool made = place_bids(p.costs, lists, s, team, num_free, epsilon, next);
     if (made) award(s, num_free);
     s.turn_page();
     if (!made) break;

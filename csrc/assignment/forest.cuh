@@ -67,6 +67,9 @@ __device__ Forest grow(const Costs<T>& costs, const State& s, int count, int wan
   Front<kAtOnce> front;
   Forest forest{infinity(), count, (count + kAtOnce - 1) / kAtOnce};
   read_sources(graph, nodes, s.list, count, front, infinity());
+  __syncthreads();
+  const double bound = distance_of(costs, s, wanted, infinity());  // it only falls from here on
+  tighten(graph, nodes, bound);
   double settled = 0.0;  // no distance below it changes any more
   for (int turn = 0;; turn ^= 1) {
     tell_nearest(graph, nodes, slots.nearest[turn]);
@@ -79,8 +82,8 @@ __device__ Forest grow(const Costs<T>& costs, const State& s, int count, int wan
     if (static_cast<int>(all) >= wanted) break;
     settled = __uint_as_float(
         __reduce_min_sync(kAllLanes, exists ? slots.nearest[turn][lane_id()].key : ~0u));
-    if (!choose_front(graph, nodes, slots.nearest[turn], infinity(), front)) break;
-    read_front(graph, nodes, front, infinity());
+    if (!choose_front(graph, nodes, slots.nearest[turn], bound, front)) break;
+    read_front(graph, nodes, front, bound);
     forest.reads += front.count;
     ++forest.steps;
   }

@@ -109,6 +109,7 @@ struct RowGraph {
     else if (first < costs.m)
       Costs<T>::load_vector(p + first, four.x);
   }
+  __device__ void keep(int, int, const Four&) const {}
 
   // Whether to read the node later would reach nothing new: it leads nowhere, or to a row with the
   // same costs as the one just read and no nearer.
@@ -124,6 +125,7 @@ struct ColumnGraph {
   using Four = FourCosts<T>;
   const Costs<T>& costs;
   const State& s;
+  T* copies;
 
   __device__ int count() const { return costs.n; }
   __device__ static int node(int g, int k) {
@@ -141,10 +143,23 @@ struct ColumnGraph {
   __device__ double relief(int node) const { return -s.v[s.column_of[node]]; }
   __device__ double cost(int column, int node) const { return costs.at(node, column); }
   __device__ void read(int column, int g, Four& four) const {
-    const T* p = costs.base + column * costs.column_stride;
+    const Column<T> entries(costs, s, copies, column);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (node(g, k) < costs.n) four.x[k] = __ldg(p + node(g, k) * costs.row_stride);
+      if (node(g, k) < costs.n) four.x[k] = entries.from[node(g, k) * entries.stride];
+  }
+  // What has been read, once all of a step has been: a load waits for the stores before it.
+  __device__ void keep(int column, int g, const Four& four) const {
+    const Column<T> entries(costs, s, copies, column);
+    if (entries.to == nullptr) return;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (node(g, k) < costs.n) entries.to[node(g, k)] = four.x[k];
+    if (g == 0) remember(column);
+  }
+  // Columns that this search has kept: their number, then as many of them as fit.
+  __device__ void remember(int column) const {
+    if (threadIdx.x == 0 && s.target[0] + 1 < costs.n) s.target[++s.target[0]] = column;
   }
   __device__ bool leads_nowhere(int, double, int, double) const { return false; }
 };
@@ -164,6 +179,7 @@ struct LevelGraph : ColumnGraph<T> {
     four.word = *reinterpret_cast<const unsigned*>(levels.column(column) + node(g, 0));
     four.low = levels.low[column], four.step = levels.step[column];
   }
+  __device__ void keep(int, int, const Four&) const {}
 };
 
 }  // namespace croc::gpu

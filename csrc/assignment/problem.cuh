@@ -70,6 +70,12 @@ struct Arguments {
 
   __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }
   __host__ __device__ int max_m() const { return rows < columns ? columns : rows; }
+  // Columns of a problem that can be copied: a quarter. With many rows there are levels instead.
+  __host__ __device__ int slots() const {
+    constexpr int kMostSlots = 8192;
+    const int quarter = max_m() / 4;
+    return max_n() >= many_rows ? 0 : quarter < kMostSlots ? quarter : kMostSlots;
+  }
 };
 
 // Length of an array that is read four entries at a time.
@@ -109,6 +115,8 @@ struct State {
                    // column, kNobody between rounds
   double* reach;   // (m) searches: distances from the sources
   uint64_t* best;  // (m) bidding: the best bid for a column, ~0 between rounds; the same memory
+  int* slot;       // (m) of a column's copy, see columns.cuh
+  int* slots;      // handed out
   void* limit;     // of nodes, see graphs.cuh, in the costs' type or a wider one,
   float* key;      // and their keys: only without groups, else in registers
 
@@ -127,6 +135,8 @@ struct State {
     path = carver.take<int>(m);
     reach = carver.take<double>(m);
     best = reinterpret_cast<uint64_t*>(reach);
+    slot = carver.take<int>(m);
+    slots = carver.take<int>(1);
     const int64_t nodes = groups > 0 ? 0 : m + 4 * int64_t{kMostThreads};
     limit = carver.take<double>(nodes);
     key = carver.take<float>(nodes);
@@ -182,6 +192,7 @@ struct Workspace {
   unsigned char* level;  // (m, level_pitch) columns at 8 bits per cost
   void* level_low;       // (m)
   void* level_step;      // (m)
+  void* copies;        // (slots, n) columns
   unsigned char* state;
 
   __host__ __device__ int64_t carve(unsigned char* base, const Arguments& a) {
@@ -206,6 +217,7 @@ struct Workspace {
     level = carver.take<unsigned char>(levelled * level_pitch(a.max_n()));
     level_low = carver.take<unsigned char>(levelled * a.cost_bytes);
     level_step = carver.take<unsigned char>(levelled * a.cost_bytes);
+    copies = carver.take<unsigned char>(int64_t{a.slots()} * n * a.cost_bytes);
     state = carver.take<unsigned char>(a.state_bytes);
     return carver.used;
   }
@@ -281,11 +293,13 @@ struct Problem {
   bool swapped;   // the solver's rows are the caller's columns
   bool many;      // rows
   double unit;    // a power of two: the solver sees the costs divided by it
+  int slots;      // for copies of columns
 
   // `scaled`: once the exponents of the costs are known, their sums are kept from overflowing.
   __device__ explicit Problem(const Arguments& a, bool scaled = true) {
     const int64_t b = blockIdx.x;
     used_rows = a.rows;
+    slots = a.slots();
     if (a.num_rows != nullptr) {
       const int64_t given = a.wide_num_rows ? static_cast<const int64_t*>(a.num_rows)[b]
                                             : static_cast<const int32_t*>(a.num_rows)[b];
@@ -326,6 +340,7 @@ struct Problem {
   __device__ Levels<T> levels(const Arguments& a) const {
     return levels(a, work.scalars->with_levels != 0);
   }
+  __device__ T* copies() const { return static_cast<T*>(work.copies); }
   __device__ bool failed() const { return work.scalars->status != kOk; }
 };
 

@@ -133,6 +133,7 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
     for (int g = 0; g < nodes.groups(); ++g) {
       typename Graph::Four four;
       graph.read(front.from[0], g, four);
+      graph.keep(front.from[0], g, four);
       for (unsigned rest = promising(nodes, g, sign, base, four); rest != 0; rest &= rest - 1)
         lowest = lesser(lowest, reach(graph, nodes, g, __ffs(static_cast<int>(rest)) - 1,
                                       front.from[0], front.distance[0], lowest));
@@ -145,6 +146,12 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
       if (w >= front.count) break;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) graph.read(front.from[w], g, fours[w][g]);
+    }
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) {
+      if (w >= front.count) break;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) graph.keep(front.from[w], g, fours[w][g]);
     }
     unsigned rest = 0;  // a bit per cost: few, or all of them
 #pragma unroll
@@ -308,7 +315,10 @@ __device__ void release(const Costs<T>& costs, const State& s, int source, Relea
     s.u[i] -= shift;
     s.v[s.column_of[i]] += shift;
   }
+  const int kept = s.target[0];
+  for (int k = threadIdx.x; k < kept; k += blockDim.x) fill_slot(s, s.target[k + 1]);
   __syncthreads();
+  if (threadIdx.x == 0) s.target[0] = 0;
   flip_release(s, source, end);
 }
 

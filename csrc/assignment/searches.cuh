@@ -103,7 +103,7 @@ __device__ CROC_NOINLINE int raise_columns(Arguments a) {
     if (priced == 0) break;
     count(p.scalars(), kRaiseRounds, 1);
     count(p.scalars(), kRaiseBids, priced);
-    bid_columns_once(p.costs, p.levels(a), s, priced, 0.0);
+    bid_columns_once(p, p.levels(a), s, priced, 0.0);
   }
   return block_collect(p.n, s.list, p.n, [&](int row) { return s.column_of[row] < 0; });
 }
@@ -133,12 +133,15 @@ __device__ CROC_NOINLINE void release_columns(Arguments a) {
   const Problem<T>& p = work.p;
   const State& s = work.s;
   const std::conditional_t<kLevels, LevelGraph<T>, ColumnGraph<T>> graph = [&] {
-    const ColumnGraph<T> plain{p.costs, s};
+    const ColumnGraph<T> plain{p.costs, s, p.copies()};
     if constexpr (kLevels)
       return LevelGraph<T>{plain, p.levels(a)};
     else
       return plain;
   }();
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x)
+    if (s.row_of[j] >= 0 || s.v[j] < 0.0) take_slot(s, j, p.slots);
+  if (threadIdx.x == 0) s.target[0] = 0;
   // Each search leaves one priced column less, so this ends.
   for (int priced; (priced = collect_priced(p.costs, s)) > 0;) {
     count(p.scalars(), kReleased, priced);
@@ -195,6 +198,7 @@ __device__ Outline begin(const Arguments& a) {
   if (work.p.failed()) return {};
   load_state(work.p, work.s);
   match_nearest(work.s, work.p.n, work.p.m);
+  clear_slots(work.s, work.p.m);
   return {work.p.n, work.p.many, work.p.costs.vectors};
 }
 

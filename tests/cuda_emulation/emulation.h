@@ -148,6 +148,10 @@ T atomicAdd(T* address, T value) {
   return emulation::update(address, [value](T before) { return before + value; });
 }
 template <class T>
+T atomicOr(T* address, T value) {
+  return emulation::update(address, [value](T before) { return before | value; });
+}
+template <class T>
 T atomicMax(T* address, T value) {
   return emulation::update(address, [value](T before) { return std::max(before, value); });
 }
