@@ -4,8 +4,8 @@
 //   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu
 //   -o scan && ./scan
 //
-// With arguments, FILE B N M, it solves the float32 costs in the file instead of its own. Prints one
-// JSON object per line. Times are medians over repeated runs, from events; the first runs are
+// With arguments, FILE B N M, it solves the float32 costs in the file instead of its own. Prints
+// one JSON object per line. Times are medians over repeated runs, from events; the first runs are
 // dropped. Times of the phases of match_rows are of the last run, at the clock the device reports.
 #include <algorithm>
 #include <cstdio>
@@ -104,8 +104,7 @@ void measure_scan(int batch, int n, int m, int threads) {
   std::printf(
       "{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"threads\": %d, \"rows\": %d, "
       "\"steps\": %d, \"us_per_row\": %.4f, \"us_per_step\": %.4f}\n",
-      batch, n, m, threads, rows, taken, 1e3f * median(times) / rows,
-      1e3f * median(times) / taken);
+      batch, n, m, threads, rows, taken, 1e3f * median(times) / rows, 1e3f * median(times) / taken);
   CHECK(cudaFree(workspace));
   CHECK(cudaFree(device_cost));
   CHECK(cudaFree(reads));
@@ -136,11 +135,10 @@ const char* const kNames[] = {
 
 // In the order of Counter.
 const char* const kCounterNames[] = {
-    "rounds",       "bids",         "column_rounds", "column_bids", "forests",
-    "forest_scans", "forest_steps", "paths",         "row_scans",   "row_steps",
-    "raise_rounds", "raise_bids",   "released",      "column_scans", "column_steps",
-    "bid_us",       "forest_us",    "auction_us",    "path_us",     "raise_us",
-    "release_us"};
+    "rounds",       "bids",         "column_rounds", "column_bids", "forests",      "forest_scans",
+    "forest_steps", "paths",        "row_scans",     "row_steps",   "raise_rounds", "raise_bids",
+    "released",     "column_scans", "column_steps",  "bid_us",      "forest_us",    "auction_us",
+    "path_us",      "raise_us",     "release_us"};
 static_assert(sizeof kCounterNames / sizeof *kCounterNames == kCounters);
 constexpr size_t kLaunches = sizeof kNames / sizeof *kNames;
 
@@ -219,9 +217,9 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
     if (cycles > longest) std::copy_n(counters, kCounters, slowest);
     longest = std::max(longest, cycles);
   }
-  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, \"max_gap\": %g, "
-              "\"digest\": \"%016llx\"",
-              name.c_str(), batch, n, m, median(times[kLaunches]),
+  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, ", name.c_str(),
+              batch, n, m, median(times[kLaunches]));
+  std::printf("\"max_gap\": %g, \"digest\": \"%016llx\"",
               *std::max_element(gaps.begin(), gaps.end()),
               static_cast<unsigned long long>(digest_of(a)));
   for (const auto& [which, counters] : {std::pair("most", most), std::pair("slowest", slowest)}) {

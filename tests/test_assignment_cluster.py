@@ -13,9 +13,7 @@ SCHEDULES = ((1, 0), (2, 0), (2, 5), (3, 1), (4, 2), (8, 0), (8, 3))  # blocks, 
 
 def solve_with_all_sizes(cost: np.ndarray) -> emulator.Solution:
     """Every number of blocks and every schedule gives the same bits by the same work."""
-    first, *others = (
-        emulator.solve(cost, blocks=blocks, seed=seed) for blocks, seed in SCHEDULES
-    )
+    first, *others = (emulator.solve(cost, blocks=blocks, seed=seed) for blocks, seed in SCHEDULES)
     for other in others:
         for a, b in zip(first.arrays(), other.arrays(), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -83,12 +81,14 @@ def test_levels_enclose_costs(family: str, dtype: type) -> None:
     if family != "denormal":  # whose costs are few steps apart
         high = np.where(finite, cost, -np.inf).max(0)
         width = (high - np.where(finite, cost, np.inf).min(0)) / 250
-        assert ((upper - lower)[finite] <= (width + np.spacing(np.abs(cost)) * finite)[finite]).all()
+        assert (
+            (upper - lower)[finite] <= (width + np.spacing(np.abs(cost)) * finite)[finite]
+        ).all()
 
 
 @needs_compiler
 def test_plan_of_blocks() -> None:
-    """As many blocks as an H100 runs at once, for large problems; none of more memory than it has."""
+    """As many blocks as an H100 runs at once, for large problems whose state fits into a block."""
     blocks = {b: emulator.blocks(b, 2016, 2048) for b in (1, 16, 17, 32, 33, 64, 65, 200)}
     assert blocks == {1: 8, 16: 8, 17: 4, 32: 4, 33: 2, 64: 2, 65: 1, 200: 1}
     assert [emulator.blocks(4, n, 2048) for n in (432, 1023, 1024)] == [1, 1, 8]
@@ -117,9 +117,12 @@ def test_device_large_whatever_the_batch() -> None:
             strict=True,
         ):
             assert torch.equal(a, b[:batch])
-    first = cost[:1].cpu().numpy()
-    arrays = (together.index, together.row_dual, together.column_dual, together.gap, together.status)
-    check(first, emulator.Solution(*(x[:1].cpu().numpy() for x in arrays), counters=[]), None, False)
+    first = emulator.Solution(
+        *(x[:1].cpu().numpy() for x in (together.index, together.row_dual, together.column_dual)),
+        *(x[:1].cpu().numpy() for x in (together.gap, together.status)),
+        counters=[],
+    )
+    check(cost[:1].cpu().numpy(), first, None, False)
 
 
 @pytest.mark.gpu

@@ -241,6 +241,22 @@ def test_reconstruction_loss_kernel_with_fewer_programs_than_rows(
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.5, 1.0])
+def test_reconstruction_loss_kernel_lists_what_is_selected(
+    part: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The list takes several blocks, and none, some or all of its places.
+    monkeypatch.setattr(loss_kernel, "COUNT_BLOCK", 16)
+    monkeypatch.setattr(loss_kernel, "pick_loss", lambda **_: LossConfig(16, 4, 5))
+    where = (torch.rand(3, 67) < part).to(DEVICE)
+    prediction, target = draw(3, 67, 24), draw(3, 67, 24)
+    prediction[~where] = target[~where] = float("nan")
+    got = loss_and_gradient(prediction, target, where, backend="triton")
+    expected = loss_and_gradient(prediction, target, where, backend="reference")
+    torch.testing.assert_close(got, expected)
+    assert (got[1][~where] == 0).all()
+
+
 def test_reconstruction_loss_kernel_reads_only_what_is_selected() -> None:
     prediction, target = draw(11, 40), draw(11, 40)
     prediction[4], target[6] = float("nan"), float("inf")

@@ -228,20 +228,13 @@ def test_token_cost_kernel_refuses_float64() -> None:
         token_cost(draw(2, 4).double(), draw(3, 4).double(), backend="triton")
 
 
-@pytest.mark.parametrize("metric", ["square", "inverse"])
-def test_nearest_token_kernel_starts_from_norms_and_keys(metric: str) -> None:
-    # What comes before the product that the interpreter has no kernel for. Rows of another stride,
-    # steps that are not full, more state than rows.
-    pool = draw(5, 150)[:, :131]
-    pool[3] = 0.0
-    norm = torch.full((6,), -1.0, device=DEVICE)
-    prepass._pool_norm_kernel[(5,)](pool, norm, 131, 150, BLOCK_K=64, NORM=metric)
-    square = pool.double().square().sum(-1)
-    exact = square if metric == "square" else torch.where(square == 0, 0.0, square.rsqrt())
-    torch.testing.assert_close(norm[:5].double(), exact, rtol=1e-6, atol=0)
-    assert norm[5] == -1
+def test_nearest_token_kernel_starts_from_keys_and_no_state() -> None:
+    # What comes before the product that the interpreter has no kernel for; more state than rows.
     out = torch.zeros(9, dtype=torch.int64, device=DEVICE)
     state = torch.ones(12, dtype=torch.int32, device=DEVICE)
-    prepass._nearest_start_kernel[(3,)](out, state, 8, 11, BLOCK=4)
+    prepass._hopper_start_kernel[(3,)](out, state, 8, 11, BLOCK=4)
     assert out.tolist() == [2**63 - 1] * 8 + [0]
     assert state.tolist() == [0] * 11 + [1]
+    state.fill_(1)
+    prepass._hopper_start_kernel[(1,)](None, state, 0, 2, BLOCK=4)
+    assert state.tolist() == [0] * 2 + [1] * 10

@@ -31,7 +31,8 @@ class HopperCostConfig:
 
     ``block_k`` components are one copy and summed inside the tensor core, after which
     ``correction`` units of 2^-23 make up for its truncation. Token rows of a tile have
-    ``token_slots`` in shared memory, halves of its pool rows ``pool_slots``.
+    ``token_slots`` in shared memory, halves of its pool rows ``pool_slots``. A program sums the
+    squares of ``share`` pool rows at a time.
     """
 
     block_k: int
@@ -41,9 +42,14 @@ class HopperCostConfig:
     correction: int
     block_m: int = 128
     block_n: int = 256
+    share: int = 16
 
-    def constants(self) -> dict[str, object]:
-        """Compile-time constants of the kernel that a config determines."""
+    def constants(self, nearest: bool) -> dict[str, object]:
+        """Compile-time constants of the kernel for nearest rows or costs that a config determines.
+
+        Four groups of 128 threads share 512 registers per thread. Those that sum the squares of
+        tokens for costs need them (H100: 216 and 40 take 5 % longer).
+        """
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -52,14 +58,10 @@ class HopperCostConfig:
             "POOL_SLOTS": self.pool_slots,
             "GROUP_M": self.group_m,
             "CORRECTION": 1.0 + self.correction * 2.0**-23,
-            # Four groups of 128 threads share 512 registers per thread.
-            "MULTIPLY_REGISTERS": 216,
-            "OTHER_REGISTERS": 40,
+            "SHARE": self.share,
+            "MULTIPLY_REGISTERS": 216 if nearest else 200,
+            "OTHER_REGISTERS": 40 if nearest else 56,
         }
-
-    def share(self, pool_size: int, programs: int) -> int:
-        """Pool rows of which one program sums the squares at a time: all at once if few."""
-        return min(32, max(8, 1 << (-(-pool_size // programs) - 1).bit_length()))
 
 
 # From offline compilation for each architecture (registers, spills, shared memory); on an H200 the

@@ -7,10 +7,7 @@ copies. Tokens and halves of the pool's rows have slots of their own, so that a 
 as soon as both groups have multiplied it. A program walks over tiles; the copies of a tile start
 during the one before.
 
-The third group sums squares beside the products: for costs those of the tokens, from the copies
-that the products read; for the nearest row those of shares of the pool, during the first tile.
-Shares are claimed, so whoever waits for one waits for a program that runs: the programs need not be
-on the chip together.
+A third group hands norms to the other two through shared memory: see hopper_norms.py.
 
 Sums stay inside the tensor core for BLOCK_K components. What their truncation loses is proportional
 to the sum on average, and CORRECTION gives that back: see kernel.py.
@@ -19,7 +16,6 @@ to the sum on average, and CORRECTION gives that back: see kernel.py.
 import functools
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,19 +25,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .config import HopperCostConfig
-from .hopper_rows import (
+from .hopper_norms import (
+    _pool_norm_kernel,
+    cost_norms,
     group_barrier,
-    pool_norm_of,
+    nearest_norms,
     pool_norms,
-    row_state,
-    tile_depth,
-    tile_place,
-    token_norms,
-    wait_for_pool_norms,
 )
+from .hopper_rows import row_state, tile_depth, tile_place
 
 _NO_INDEX = gl.constexpr(2**31 - 1)
-_NO_KEY = gl.constexpr(2**63 - 1)
 # Renamed between triton 3.6 and 3.9.
 _load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -54,7 +47,7 @@ def _copy_tiles(
     POOL_SLOTS: gl.constexpr, GROUP_M: gl.constexpr, DENSE: gl.constexpr,
 ):  # fmt: skip
     """The copying warps: four, or one where TMA reads the tokens too."""
-    x_smem, p_smem, x_full, x_empty, p_full, p_empty, _norm_smem, _norm_full = buffers
+    x_smem, p_smem, x_full, x_empty, p_full, p_empty = buffers[:6]
     half_n: gl.constexpr = BLOCK_N // 2
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     step = 0
@@ -102,22 +95,24 @@ def _halves(acc, COLS: gl.constexpr):
 
 @gluon.jit
 def _store_costs(
-    pointers, sizes, acc, row, x_norm, first_n,
+    pointers, sizes, acc, row, x_norm, p_line, first_n, AT: gl.constexpr,
     COLS: gl.constexpr, METRIC: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """Turn products of COLS columns into costs and write them."""
+    """Turn products of COLS columns, from column AT of the tile on, into costs and write them."""
     if COLS > 32:
-        low, high = _halves(acc, COLS // 2)
-        _store_costs(pointers, sizes, low, row, x_norm, first_n, COLS // 2, METRIC, EVEN)
-        first_n += COLS // 2
-        _store_costs(pointers, sizes, high, row, x_norm, first_n, COLS // 2, METRIC, EVEN)
+        HALF: gl.constexpr = COLS // 2
+        low, high = _halves(acc, HALF)
+        _store_costs(pointers, sizes, low, row, x_norm, p_line, first_n, AT, HALF, METRIC, EVEN)
+        _store_costs(
+            pointers, sizes, high, row, x_norm, p_line, first_n, AT + HALF, HALF, METRIC, EVEN
+        )
     else:
         LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
         row = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
         x_norm = gl.convert_layout(x_norm, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
         rows, m = sizes[0], sizes[1]
-        col = first_n + gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
-        p_norm = pool_norm_of(pointers, col, m, EVEN)
+        col = first_n + AT + gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
+        p_norm = p_line.slice(AT, COLS).load(gl.SliceLayout(0, LAYOUT))
         if METRIC == "cosine":
             cost = 1.0 - acc * x_norm[:, None] * p_norm[None, :]
         else:
@@ -136,27 +131,29 @@ def _store_costs(
 
 @gluon.jit
 def _best(
-    pointers, sizes, acc, first_n,
-    COLS: gl.constexpr, LAYOUT: gl.constexpr, METRIC: gl.constexpr, EVEN: gl.constexpr,
+    acc, p_line, AT: gl.constexpr,
+    COLS: gl.constexpr, LAYOUT: gl.constexpr, METRIC: gl.constexpr,
 ):  # fmt: skip
-    """Lowest score of each row and the lowest column that has it. NaN never wins."""
+    """Lowest score of each row and the lowest of the tile's columns that has it, from column AT on.
+
+    NaN never wins.
+    """
     if COLS > 64:
         low, high = _halves(acc, COLS // 2)
-        best, index = _best(pointers, sizes, low, first_n, COLS // 2, LAYOUT, METRIC, EVEN)
-        first_n += COLS // 2
-        other, column = _best(pointers, sizes, high, first_n, COLS // 2, LAYOUT, METRIC, EVEN)
+        best, index = _best(low, p_line, AT, COLS // 2, LAYOUT, METRIC)
+        other, column = _best(high, p_line, AT + COLS // 2, COLS // 2, LAYOUT, METRIC)
         return _better(best, index, other, column)
     else:
         layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-        m = sizes[1]
-        col = first_n + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-        p_norm = pool_norm_of(pointers, col, m, EVEN)
+        col = AT + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
+        p_norm = p_line.slice(AT, COLS).load(gl.SliceLayout(0, layout))
         # The token's own norm is the same for all columns, so it is left out.
         score = -acc * p_norm[None, :] if METRIC == "cosine" else p_norm[None, :] - 2.0 * acc
-        score = gl.where(score == score, score, float("inf"))
+        # Of a number and NaN min() takes the number.
         best = gl.min(score, axis=1)
-        chosen = (score == best[:, None]) & (score < float("inf"))
-        index = gl.min(gl.where(chosen, col[None, :], _NO_INDEX), axis=1)
+        index = gl.min(gl.where(score == best[:, None], col[None, :], _NO_INDEX), axis=1)
+        finite = best < float("inf")
+        best, index = gl.where(finite, best, float("inf")), gl.where(finite, index, _NO_INDEX)
         best = gl.convert_layout(best, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
         return best, gl.convert_layout(index, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
 
@@ -169,23 +166,15 @@ def _better(best, index, other, column):
 
 
 @gluon.jit
-def _claim(pointers, sizes, best, index, row, tile_m, tiles_n, PART: gl.constexpr):
-    """Lower each row's key (score, column); the last of the row tile turns keys into columns."""
-    out_ptr, state_ptr = pointers[5], pointers[6]
+def _lower_keys(pointers, sizes, best, index, row, first_n):
+    """Lower each row's key: the score, then the column."""
     _, live, valid = row_state(row, pointers, sizes)
     # Integers in the order of the floats; 0 is added so that -0 is 0.
     bits = (best + 0.0).to(gl.int32, bitcast=True)
     bits = gl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = (bits.to(gl.int64) << 32) | index.to(gl.int64)
+    key = (bits.to(gl.int64) << 32) | (first_n + index).to(gl.int64)
     found = live & valid & (index != _NO_INDEX)
-    gl.atomic_min(out_ptr + row, key, mask=found, sem="relaxed")
-    # All of this group's keys come before its ticket, all tickets before the last one's reads.
-    group_barrier()
-    ticket = gl.atomic_add(state_ptr + 2 + 2 * tile_m + PART, 1, sem="acq_rel")
-    if ticket == tiles_n - 1:
-        inside = row < sizes[0]
-        key = gl.load(out_ptr + row, mask=inside, other=0, volatile=True)
-        gl.store(out_ptr + row, gl.where(key == _NO_KEY, -1, key & 0xFFFFFFFF), mask=inside)
+    gl.atomic_min(pointers[5] + row, key, mask=found, sem="relaxed")
 
 
 @gluon.jit
@@ -201,25 +190,21 @@ def _multiply_tiles(
     pointers, buffers, sizes, PART: gl.constexpr,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOKEN_SLOTS: gl.constexpr,
     POOL_SLOTS: gl.constexpr, GROUP_M: gl.constexpr, CORRECTION: gl.constexpr, METRIC: gl.constexpr,
-    NEAREST: gl.constexpr, DENSE: gl.constexpr, EVEN: gl.constexpr, SHARE: gl.constexpr,
+    NEAREST: gl.constexpr, DENSE: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warp group: rows PART * BLOCK_M / 2 and on of every tile, in two halves."""
-    x_smem, p_smem, x_full, x_empty, p_full, p_empty, norm_smem, norm_full = buffers
+    x_smem, p_smem, x_full, x_empty, p_full, p_empty, x_line, p_line, full, empty = buffers
     half_m: gl.constexpr = BLOCK_M // 2
     gl.static_assert(half_m == 64)
     half_n: gl.constexpr = BLOCK_N // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, half_n, 16])
     step, count = 0, 0
-    tiles_n = gl.cdiv(sizes[1], BLOCK_N)
-    tiles = gl.cdiv(sizes[0], BLOCK_M) * tiles_n
+    tiles = gl.cdiv(sizes[0], BLOCK_M) * gl.cdiv(sizes[1], BLOCK_N)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         tile_m, tile_n = tile_place(tile, sizes[0], sizes[1], BLOCK_M, BLOCK_N, GROUP_M)
         acc0 = gl.zeros([half_m, half_n], gl.float32, layout=layout)
         acc1 = gl.zeros([half_m, half_n], gl.float32, layout=layout)
         factor = gl.full_like(acc0, CORRECTION)
-        row = tile_m * BLOCK_M + PART * half_m
-        row += gl.arange(0, half_m, layout=gl.SliceLayout(1, layout))
-        first_n = tile_n * BLOCK_N
         for _ in range(0, tile_depth(tile_m, pointers, sizes, BLOCK_M, BLOCK_K), BLOCK_K):
             slot = step % TOKEN_SLOTS
             low, high = 2 * step % POOL_SLOTS, (2 * step + 1) % POOL_SLOTS
@@ -239,21 +224,26 @@ def _multiply_tiles(
             mbarrier.arrive(x_empty.index(slot))
             acc1 = gl.fma(part, factor, acc1)
             step += 1
+        row = tile_m * BLOCK_M + PART * half_m
+        row += gl.arange(0, half_m, layout=gl.SliceLayout(1, layout))
+        first_n = tile_n * BLOCK_N
+        mbarrier.wait(full, count & 1)
         if NEAREST:
-            if count == 0:
-                wait_for_pool_norms(pointers, sizes, SHARE)
-            best, index = _best(pointers, sizes, acc0, first_n, half_n, layout, METRIC, EVEN)
-            first_n += half_n
-            other, column = _best(pointers, sizes, acc1, first_n, half_n, layout, METRIC, EVEN)
+            best, index = _best(acc0, p_line, 0, half_n, layout, METRIC)
+            other, column = _best(acc1, p_line, half_n, half_n, layout, METRIC)
             best, index = _better(best, index, other, column)
-            _claim(pointers, sizes, best, index, row, tile_m, tiles_n, PART)
+            _lower_keys(pointers, sizes, best, index, row, first_n)
         else:
-            mbarrier.wait(norm_full.index(count & 1), count >> 1 & 1)
-            norms = norm_smem.index(count & 1).slice(PART * half_m, half_m)
-            norms = norms.load(gl.SliceLayout(1, layout))
-            _store_costs(pointers, sizes, acc0, row, norms, first_n, half_n, METRIC, EVEN)
-            first_n += half_n
-            _store_costs(pointers, sizes, acc1, row, norms, first_n, half_n, METRIC, EVEN)
+            norms = x_line.slice(PART * half_m, half_m).load(gl.SliceLayout(1, layout))
+            _store_costs(
+                pointers, sizes, acc0, row, norms, p_line, first_n, 0, half_n, METRIC, EVEN
+            )
+            _store_costs(
+                pointers, sizes, acc1, row, norms, p_line, first_n, half_n, half_n, METRIC, EVEN
+            )
+        # All threads have read the norms and lowered their keys.
+        group_barrier()
+        mbarrier.arrive(empty)
         count += 1
 
 
@@ -261,15 +251,17 @@ def _multiply_tiles(
 def _norms(
     pointers, buffers, sizes,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOKEN_SLOTS: gl.constexpr,
-    GROUP_M: gl.constexpr, METRIC: gl.constexpr, NEAREST: gl.constexpr, SHARE: gl.constexpr,
+    GROUP_M: gl.constexpr, METRIC: gl.constexpr, NEAREST: gl.constexpr, EVEN: gl.constexpr,
+    SHARE: gl.constexpr,
 ):  # fmt: skip
     """The warp group of norms."""
     if NEAREST:
-        pool_norms(pointers, sizes, SHARE, METRIC)
+        nearest_norms(pointers, buffers, sizes, BLOCK_M, BLOCK_N, GROUP_M, METRIC, EVEN, SHARE)
     else:
-        token_norms(
-            pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M, METRIC
-        )
+        cost_norms(
+            pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M, METRIC, EVEN,
+            SHARE,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -283,7 +275,7 @@ def _token_cost_hopper_kernel(
     """Costs, or columns of the lowest, of (BLOCK_M, BLOCK_N) tiles in turn.
 
     Without DENSE there is no ``token_desc``: rows of tokens lie apart. pointers, sizes: see
-    hopper_rows.py. For the nearest row the result starts as _NO_KEY, the state as 0.
+    hopper_rows.py. For the nearest row the result starts as NO_KEY.
     grid = (programs,), at most one per multiprocessor.
     """
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
@@ -296,8 +288,10 @@ def _token_cost_hopper_kernel(
     p_full = gl.allocate_shared_memory(gl.int64, [POOL_SLOTS, 1], bars)
     p_empty = gl.allocate_shared_memory(gl.int64, [POOL_SLOTS, 1], bars)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    norm_smem = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M], line)
-    norm_full = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    x_line = gl.allocate_shared_memory(gl.float32, [BLOCK_M], line)
+    p_line = gl.allocate_shared_memory(gl.float32, [BLOCK_N], line)
+    full = gl.allocate_shared_memory(gl.int64, [1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [1], bars)
     for i in gl.static_range(TOKEN_SLOTS):
         # One arrival announces the bytes of a TMA copy, each of 128 threads its own copies.
         mbarrier.init(x_full.index(i), count=1 if DENSE else 128)
@@ -305,35 +299,67 @@ def _token_cost_hopper_kernel(
     for i in gl.static_range(POOL_SLOTS):
         mbarrier.init(p_full.index(i), count=1)
         mbarrier.init(p_empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(norm_full.index(i), count=1)
-    buffers = (x_smem, p_smem, x_full, x_empty, p_full, p_empty, norm_smem, norm_full)
-    gl.warp_specialize(
-        [
-            (_multiply_tiles, (
-                pointers, buffers, sizes, 0, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, POOL_SLOTS,
-                GROUP_M, CORRECTION, METRIC, NEAREST, DENSE, EVEN, SHARE,
-            )),
-            (_multiply_tiles, (
-                pointers, buffers, sizes, 1, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, POOL_SLOTS,
-                GROUP_M, CORRECTION, METRIC, NEAREST, DENSE, EVEN, SHARE,
-            )),
-            (_norms, (
-                pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M, METRIC,
-                NEAREST, SHARE,
-            )),
-            (_copy_tiles, (
-                pointers, (pool_desc, token_desc), buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K,
-                TOKEN_SLOTS, POOL_SLOTS, GROUP_M, DENSE,
-            )),
-        ],
-        [4, 4, 1 if DENSE else 4], [MULTIPLY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
-    )  # fmt: skip
+    mbarrier.init(full, count=1)
+    mbarrier.init(empty, count=2)
+    buffers = (x_smem, p_smem, x_full, x_empty, p_full, p_empty, x_line, p_line, full, empty)
+    if DENSE and not NEAREST:
+        gl.warp_specialize(
+            [
+                (_multiply_tiles, (
+                    pointers, buffers, sizes, 0, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, POOL_SLOTS,
+                    GROUP_M, CORRECTION, METRIC, NEAREST, DENSE, EVEN,
+                )),
+                (_multiply_tiles, (
+                    pointers, buffers, sizes, 1, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, POOL_SLOTS,
+                    GROUP_M, CORRECTION, METRIC, NEAREST, DENSE, EVEN,
+                )),
+                (_norms, (
+                    pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M,
+                    METRIC, NEAREST, EVEN, SHARE,
+                )),
+                (pool_norms, (pointers, sizes, SHARE, METRIC, 2)),
+                (_copy_tiles, (
+                    pointers, (pool_desc, token_desc), buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K,
+                    TOKEN_SLOTS, POOL_SLOTS, GROUP_M, DENSE,
+                )),
+            ],
+            [4, 4, 2, 1], [MULTIPLY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply_tiles, (
+                    pointers, buffers, sizes, 0, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, POOL_SLOTS,
+                    GROUP_M, CORRECTION, METRIC, NEAREST, DENSE, EVEN,
+                )),
+                (_multiply_tiles, (
+                    pointers, buffers, sizes, 1, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, POOL_SLOTS,
+                    GROUP_M, CORRECTION, METRIC, NEAREST, DENSE, EVEN,
+                )),
+                (_norms, (
+                    pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M,
+                    METRIC, NEAREST, EVEN, SHARE,
+                )),
+                (_copy_tiles, (
+                    pointers, (pool_desc, token_desc), buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K,
+                    TOKEN_SLOTS, POOL_SLOTS, GROUP_M, DENSE,
+                )),
+            ],
+            [4, 4, 1 if DENSE else 4], [MULTIPLY_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS],
+        )  # fmt: skip
 
 
 @functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+_LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
+
+
+def sum_pool(pool: Tensor, p_norm: Tensor, sizes: tuple[int, ...], metric: str) -> None:
+    """Launch the norms of the pool, for costs without ``state``."""
+    _pool_norm_kernel[(sizes[1],)](pool, p_norm, sizes, METRIC=metric, num_warps=1)
 
 
 def launch(
@@ -347,19 +373,19 @@ def launch(
 
     ``dense``: row i of the result is row i of the tokens, at one stride.
     """
-    tokens, pool, state = operands[0], operands[3], operands[6]
+    tokens, pool, out = operands[0], operands[3], operands[5]
     rows, m, dim, _, _, _, stride_n, stride_pm = sizes
-    layout = gl.NVMMASharedLayout(128, 16, rank=2)
     box = [picked.block_n // 2, picked.block_k]
-    pool_desc = TensorDescriptor(pool, [m, dim], [stride_pm, 1], box, layout)
+    pool_desc = TensorDescriptor(pool, [m, dim], [stride_pm, 1], box, _LAYOUT)
     token_desc = None
     if dense:
         box = [picked.block_m, picked.block_k]
-        token_desc = TensorDescriptor(tokens, [rows, dim], [stride_n, 1], box, layout)
-    tiles = triton.cdiv(rows, picked.block_m) * triton.cdiv(m, picked.block_n)
-    programs = min(tiles, _multiprocessors(tokens.device.index))
+        token_desc = TensorDescriptor(tokens, [rows, dim], [stride_n, 1], box, _LAYOUT)
+    nearest = out.dtype == torch.int64
+    # Programs without a tile sum squares of the pool.
+    programs = _multiprocessors(tokens.device.index)
     _token_cost_hopper_kernel[(programs,)](
         pool_desc, token_desc, operands, sizes,
-        METRIC=metric, DENSE=dense, EVEN=m % picked.block_n == 0, NEAREST=state is not None,
-        SHARE=picked.share(m, programs), num_warps=4, **picked.constants(),
+        METRIC=metric, DENSE=dense, EVEN=m % picked.block_n == 0, NEAREST=nearest, num_warps=4,
+        **picked.constants(nearest),
     )  # fmt: skip

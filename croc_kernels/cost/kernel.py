@@ -17,6 +17,7 @@ a few units in the last place, gives it back where it was measured (sm_90).
 """
 
 import contextlib
+import functools
 
 import torch
 import triton
@@ -29,10 +30,8 @@ from .prepass import (
     CLEAR,
     NORMS,
     OFFSET_ROWS,
-    POOL_NORM,
     PREPASS,
-    _nearest_start_kernel,
-    _pool_norm_kernel,
+    _hopper_start_kernel,
     _row_prepass_kernel,
 )
 
@@ -216,16 +215,21 @@ def tile_constants(
     }
 
 
-def _arch(tensor: Tensor) -> int:
-    if interpreted():
-        return 90
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+@functools.cache
+def _arch_of(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+def _arch(tensor: Tensor) -> int:
+    return 90 if interpreted() else _arch_of(tensor.device.index)
 
 
 def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _readable(rows: Tensor) -> Tensor:
@@ -294,27 +298,22 @@ class _Problem:
         """Run the kernel for sm_90, after what has to come before it."""
         from . import hopper
 
-        state = None
-        if out.dtype == torch.int64:
-            # Claims, then a ticket per row tile and warp group.
-            state = out.new_empty(
-                (2 + 2 * triton.cdiv(self.rows, self.hopper.block_m),), dtype=torch.int32
-            )
-            _nearest_start_kernel[(triton.cdiv(max(self.rows, state.numel()), CLEAR),)](
-                out, state, self.rows, state.numel(), BLOCK=CLEAR
+        dense = self.index is None and self.num_rows is None
+        dense = dense and one_matrix(tuple(self.tokens.shape), self.strides[:2])
+        nearest, state = out.dtype == torch.int64, None
+        sizes = (self.rows, self.m, self.dim, self.length, self.tokens.shape[1], *self.strides)
+        if nearest or dense:
+            rows = self.rows if nearest else 0
+            # Claims; for nearest rows also what is done of each row tile.
+            states = 2 + triton.cdiv(rows, self.hopper.block_m)
+            state = out.new_empty((states,), dtype=torch.int32)
+            _hopper_start_kernel[(triton.cdiv(max(rows, states), CLEAR),)](
+                out if nearest else None, state, rows, states, BLOCK=CLEAR
             )
         else:
-            _pool_norm_kernel[(self.m,)](
-                self.pool, self.p_norm, self.dim, self.strides[2], NORM=NORMS[self.metric],
-                **POOL_NORM,
-            )  # fmt: skip
-        dense = self.index is None and self.num_rows is None
-        hopper.launch(
-            (self.tokens, self.index, self.num_rows, self.pool, self.p_norm, out, state),
-            (self.rows, self.m, self.dim, self.length, self.tokens.shape[1], *self.strides),
-            self.hopper, self.metric,
-            dense and one_matrix(tuple(self.tokens.shape), self.strides[:2]),
-        )  # fmt: skip
+            hopper.sum_pool(self.pool, self.p_norm, sizes, self.metric)
+        operands = self.tokens, self.index, self.num_rows, self.pool, self.p_norm, out, state
+        hopper.launch(operands, sizes, self.hopper, self.metric, dense)
 
 
 def token_cost(

@@ -69,30 +69,18 @@ def _row_prepass_kernel(
 
 
 @triton.jit
-def _pool_norm_kernel(
-    pool_ptr, p_norm_ptr, dim, stride_pm, BLOCK_K: tl.constexpr, NORM: tl.constexpr
-):
-    """Norm term of one pool row; grid = (m,)."""
-    row = tl.program_id(0)
-    acc = tl.zeros((BLOCK_K,), tl.float32)
-    for k in range(0, dim, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        x = tl.load(pool_ptr + row.to(tl.int64) * stride_pm + offs_k, mask=offs_k < dim, other=0.0)
-        acc += x.to(tl.float32) * x.to(tl.float32)
-    tl.store(p_norm_ptr + row, _norm_term(tl.sum(acc, axis=0), NORM))
+def _hopper_start_kernel(key_ptr, state_ptr, rows, states, BLOCK: tl.constexpr):
+    """A state of 0 and, with ``key_ptr``, keys that nothing has lowered.
 
-
-@triton.jit
-def _nearest_start_kernel(out_ptr, state_ptr, rows, states, BLOCK: tl.constexpr):
-    """Keys that nothing has claimed, and a state of 0; grid = (cdiv(max(rows, states), BLOCK),)."""
+    grid = (cdiv(max(rows, states), BLOCK),).
+    """
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + place, tl.full((BLOCK,), 2**63 - 1, tl.int64), mask=place < rows)
+    if key_ptr is not None:
+        tl.store(key_ptr + place, tl.full((BLOCK,), 2**63 - 1, tl.int64), mask=place < rows)
     tl.store(state_ptr + place, tl.zeros((BLOCK,), tl.int32), mask=place < states)
 
 
 PREPASS = {"BLOCK_R": 4, "BLOCK_K": 512}
-# H100, 2048 x 4096: one warp takes 9.4 us, two take 12 (4096 components at a time).
-POOL_NORM = {"BLOCK_K": 2048, "num_warps": 1}
 OFFSET_ROWS = 128
 CLEAR = 1024
 NORMS = {"l2": "square", "l2sq": "square", "cosine": "inverse"}

@@ -29,7 +29,7 @@ def _case(
     if "sizes" in types:
         place = fn.arg_names.index("sizes")
         # Rows, components, pool rows.
-        attrs |= {(place, i): [["tt.divisibility", 16]] for i in (0, 2, 3)}
+        attrs |= {(place, i): [["tt.divisibility", 16]] for i in (0, 2, 3)[: len(types["sizes"])]}
     return CompileCase(name, fn, signature, constants, attrs, warps, 3, has_dot=False)
 
 
@@ -61,32 +61,34 @@ def _replacement_cases(dtype: str, arch: int) -> list[CompileCase]:
     ]  # fmt: skip
 
 
-def _loss_cases(dtype: str, target: str, selected: bool) -> list[CompileCase]:
+def _loss_cases(dtype: str, target: str, selected: bool, arch: int) -> list[CompileCase]:
     types = {"prediction_ptr": f"*{dtype}", "target_ptr": f"*{target}", "strides": ("i32",) * 4}
     types |= {"where_ptr": "*i1"} if selected else {}
     constants = {"BETA": 0.01}
     constants |= {} if selected else {"where_ptr": None}
     sizes, label = ("rows", "length", "dim"), f"{dtype}-{target}" + "-selected" * selected
+    overlap = {"OVERLAP": arch >= 90}
     forward = {"ACC": kernel.tl.float32, "BLOCK_R": loss_kernel.ROWS}
-    picked = pick_loss(DIM, selected)
+    picked = pick_loss(selected)
     forward |= {"BLOCK_C": column_block(DIM, picked.columns)}
     forward |= {"BLOCK": loss_kernel.REDUCE_BLOCK}
     backward = {"BLOCK_R": loss_kernel.GRADIENT_ROWS, "BLOCK_C": column_block(DIM)}
     scalars = dict.fromkeys(("divisor_ptr", "expected_ptr"), "*fp32")
-    result = types | scalars | {"partial_ptr": "*fp32", "loss_ptr": "*fp32"}
+    result = types | scalars | {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "state_ptr": "*i32"}
+    result |= {"sizes": ("i32",) * 3}
     gradient = scalars | {"grad_ptr": "*fp32", "history_ptr": "*fp32", "out_ptr": f"*{dtype}"}
     return [
         _case(
             f"reconstruction_loss_fwd-{label}", loss_kernel._loss_kernel,
-            result, sizes, constants | forward | {"gradient_ptr": None}, picked.warps,
+            result, (), constants | forward | overlap | {"gradient_ptr": None}, picked.warps,
         ),
         _case(
             f"reconstruction_loss_fwd_foreseen-{label}", loss_kernel._loss_kernel,
-            result | {"gradient_ptr": f"*{dtype}"}, sizes, constants | forward, picked.warps,
+            result | {"gradient_ptr": f"*{dtype}"}, (), constants | forward | overlap, picked.warps,
         ),
         _case(
             f"reconstruction_loss_bwd_foreseen-{label}", loss_kernel._loss_gradient_kernel,
-            types | gradient, sizes, constants | backward,
+            types | gradient, sizes, constants | backward, loss_kernel.CHECK_WARPS,
         ),
     ]  # fmt: skip
 
@@ -94,11 +96,13 @@ def _loss_cases(dtype: str, target: str, selected: bool) -> list[CompileCase]:
 def compile_cases(arch: int) -> list[CompileCase]:
     """One case per kernel and dtype."""
     cases = [case for dtype in DTYPES for case in _replacement_cases(dtype, arch)]
-    cases += _loss_cases("bf16", "bf16", True) + _loss_cases("bf16", "fp32", True)
-    cases += _loss_cases("fp16", "fp16", False) + _loss_cases("fp32", "fp32", False)
-    names = ("items_ptr", "history_ptr", "divisor_ptr", "expected_ptr", "ticket_ptr")
-    scalars = dict.fromkeys(names, "*fp32") | {"where_ptr": "*i1"}
-    constants = {"BLOCK": loss_kernel.COUNT_BLOCK, "MEAN": True}
+    for types in (("bf16", "bf16", True), ("bf16", "fp32", True)):
+        cases += _loss_cases(*types, arch)
+    for types in (("fp16", "fp16", False), ("fp32", "fp32", False)):
+        cases += _loss_cases(*types, arch)
+    names = ("items_ptr", "history_ptr", "divisor_ptr", "expected_ptr")
+    scalars = dict.fromkeys(names, "*fp32") | {"where_ptr": "*i1", "state_ptr": "*i32"}
+    constants = {"BLOCK": loss_kernel.COUNT_BLOCK, "MEAN": True, "OVERLAP": arch >= 90}
     start = loss_kernel._loss_start_kernel
     warps = loss_kernel.COUNT_WARPS
     name = "reconstruction_loss_start"

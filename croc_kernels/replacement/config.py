@@ -12,10 +12,7 @@ class LossConfig:
     programs: int
 
 
-def pick_loss(dim: int, selected: bool) -> LossConfig:
-    """The shape for rows of ``dim`` components; ``selected``: not all of them count."""
-    # H100, docs/matching.md: 2048 components beat 1024 by 1 to 6 % if rows are skipped, else by
-    # less than 1 % either way.
-    if selected and dim > 1024:
-        return LossConfig(2048, 8, 792)
-    return LossConfig(1024, 4, 1584)
+def pick_loss(selected: bool) -> LossConfig:
+    """The shape; ``selected``: not all rows count."""
+    # H100, docs/matching.md. Blocks of selected rows are full: half as many programs fill the chip.
+    return LossConfig(1024, 4, 792 if selected else 1584)

@@ -13,8 +13,8 @@ constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
 constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
 
-// epsilon = the costs' local scale times `first`, and `fall` times the one before. Few priced columns left by
-// a phase, and few free rows by the last one, are cheaper in what follows.
+// epsilon = the costs' local scale times `first`, and `fall` times the one before. Few priced
+// columns left by a phase, and few free rows by the last one, are cheaper in what follows.
 struct Schedule {
   double first, fall;
   int phases, priced, last_priced, last_free;
@@ -74,11 +74,11 @@ __device__ Offer find_offer(const Costs<T>& costs, const State& s, T* copies, in
   return warp_offer(least, second, key);
 }
 
-// Four levels at a time of every `stride`-th row from `from` on, kLoads times: each(their place among all, the
-// levels, the duals of their rows).
+// Four levels at a time, kLoads times, `stride` rows apart: each(place of a level among all, level,
+// dual of its row). All loads come before their use.
 template <class Each>
-__device__ void for_levels(const unsigned char* levels, const double* row_dual, int from, int stride,
-                           int n, Each each) {
+__device__ void for_levels(const unsigned char* levels, const double* row_dual, int from,
+                           int stride, int n, Each each) {
   unsigned words[kLoads];
 #pragma unroll
   for (int j = 0; j < kLoads; ++j) {
@@ -91,8 +91,7 @@ __device__ void for_levels(const unsigned char* levels, const double* row_dual, 
     double u[kRowsPerWord];
     four(row_dual, i < n ? i : 0, u);
 #pragma unroll
-    for (int k = 0; k < kRowsPerWord; ++k)
-      each(kRowsPerWord * j + k, level_in(words[j], k), u[k]);
+    for (int k = 0; k < kRowsPerWord; ++k) each(kRowsPerWord * j + k, level_in(words[j], k), u[k]);
   }
 }
 
@@ -132,8 +131,7 @@ __device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels<T> levels, cons
       const int place = __ffsll(static_cast<long long>(promising)) - 1;
       promising &= promising - 1;
       const int row = chunk + place / kRowsPerWord * stride + place % kRowsPerWord;
-      if (row < costs.n)
-        add_offer(costs.at(row, column) - row_dual[row], row, least, second, key);
+      if (row < costs.n) add_offer(costs.at(row, column) - row_dual[row], row, least, second, key);
     }
   }
   return warp_offer(least, second, key);
@@ -142,8 +140,8 @@ __device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels<T> levels, cons
 // Every listed column offers its nearest row a place at a price that its second choice sets, or
 // gives up its price. Where columns are few, several warps share one.
 template <class T>
-__device__ void place_offers(const Problem<T>& p, const Levels<T>& levels, const State& s, int count,
-                             double epsilon) {
+__device__ void place_offers(const Problem<T>& p, const Levels<T>& levels, const State& s,
+                             int count, double epsilon) {
   __shared__ Offer offers[kWarp];
   const Costs<T>& costs = p.costs;
   int parts = 1;
@@ -282,9 +280,9 @@ __device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, 
     const bool last = phase + 1 == schedule.phases;
     const int free = last ? schedule.last_free : 0;
     int left = kAuctionRounds;
-    const bool done = bid(p, s, team, epsilon, left, free, p.n) <= free &&
-                      bid_columns(p, levels, s, team, epsilon,
-                                  last ? schedule.last_priced : schedule.priced);
+    const bool done =
+        bid(p, s, team, epsilon, left, free, p.n) <= free &&
+        bid_columns(p, levels, s, team, epsilon, last ? schedule.last_priced : schedule.priced);
     epsilon = done && !last ? -on_grid(-schedule.fall * epsilon, p.scalars()) : 0.0;
     drop_loose_pairs(p.costs, p.lists(), s, team, epsilon);
   }

@@ -40,8 +40,8 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
           unrotated(found.key & ~kMatched, turn, costs.m)};
 }
 
-// What a bid is for (-1: none) and its price. Without an epsilon a bid that would not lower the dual
-// of a taken column is not made: it could go round for ever.
+// What a bid is for (-1: none) and its price. Without an epsilon a bid that would not lower the
+// dual of a taken column is not made: it could go round for ever.
 struct Placed {
   int target;
   double price;
@@ -60,16 +60,16 @@ __device__ inline void outbid(const State& s, int column, double price) {
             static_cast<unsigned long long>(ordered(price)));
 }
 
-// Bids for all free rows, by a warp each; returns whether any was made. Then s.best has the best bid
-// for every column. A warp that is done takes the next row: some have to read parts of their row
-// again. `next` is zero before and after.
+// Bids for all free rows, by a warp each; returns whether any was made. Then s.best has the best
+// bid for every column. A warp that is done takes the block's next row: some have to read parts of
+// their row again. `next` is zero before and after.
 template <class T>
 __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s, Team team,
                            int num_free, double epsilon, int& next) {
   bool made = false;
-  const int mine = (num_free - team.rank + team.size - 1) / team.size;  // of the block: every size-th
+  const int its_rows = (num_free - team.rank + team.size - 1) / team.size;  // every size-th
   int turn = warp_id();
-  while (turn < mine) {
+  while (turn < its_rows) {
     const int k = team.rank + turn * team.size, row = s.list[k];
     const Bid bid =
         lists.bound != nullptr ? bid_from_list(costs, lists, s, row) : find_bid(costs, s, row);
@@ -78,17 +78,13 @@ __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const S
     team.tell(&s.target[k], placed.target);
     team.tell(&s.bid[k], placed.price);
     made |= placed.target >= 0;
-    if (mine <= warp_count()) {
-      if (team.size == 1 && lane_id() == 0 && placed.target >= 0)
-        outbid(s, placed.target, placed.price);
-      break;
-    }
     int taken = 0;
     if (lane_id() == 0) {
       if (team.size == 1 && placed.target >= 0) outbid(s, placed.target, placed.price);
-      taken = atomicAdd(&next, 1);
+      if (its_rows > warp_count()) taken = atomicAdd(&next, 1);
     }
     turn = warp_count() + __shfl_sync(kAllLanes, taken, 0);
+    if (its_rows <= warp_count()) break;
   }
   if (team.size > 1) {
     team.wait();

@@ -1,6 +1,7 @@
-// The blocks that work on one problem together: a thread-block cluster along the grid's y axis (sm_90), or
-// one block alone. Each block keeps the whole state in its own shared memory and changes it in the
-// same way; all they tell each other are results, written into everybody's shared memory.
+// The blocks that work on one problem together: a thread-block cluster along the grid's y axis
+// (from sm_90 on), or one block alone. Each keeps the whole state in its own shared memory and
+// changes it in the same way; all they tell each other are results, written into everybody's shared
+// memory.
 #pragma once
 
 #include "block.cuh"
@@ -45,8 +46,7 @@ struct Team {
     if (lane_id() >= size) return;
 #ifdef CROC_CLUSTERS
     if (size > 1)
-      place = static_cast<T*>(
-          __cluster_map_shared_rank(place, static_cast<unsigned>(lane_id())));
+      place = static_cast<T*>(__cluster_map_shared_rank(place, static_cast<unsigned>(lane_id())));
 #endif
     *place = value;
   }

@@ -1,6 +1,7 @@
-// Copies of columns. The entries of a column lie in as many rows of the costs, a memory sector each:
-// reading it is bound by those, and the phases by columns read the same ones again and again. What
-// has been read is kept side by side for the next time, for as many columns as there are slots.
+// Copies of columns. The entries of a column lie in as many rows of the costs, a memory sector
+// each: reading it is bound by those, and the phases by columns read the same ones again and again.
+// What has been read is kept side by side for the next time, for as many columns as there are
+// slots.
 #pragma once
 
 #include "bidding.cuh"

@@ -54,8 +54,8 @@ struct Nodes<T, 0> {
   __device__ void set_key(int g, int k, float x) { keys[place(g, k)] = x; }
 };
 
-// What a thread reads of a node: the costs to four of its own. Their sign is applied later: with the
-// load it would wait for it, and the next load for that.
+// What a thread reads of a node: the costs to four of its own. Their sign is applied later: with
+// the load it would wait for it, and the next load for that.
 template <class T>
 struct FourCosts {
   T x[4] = {};

@@ -13,7 +13,8 @@ inline cudaError_t most_blocks(int device, int& most) {
   return error;
 }
 
-// `cluster` blocks along the grid's y axis, all of it, are one cluster; no result depends on how many.
+// `cluster` blocks along the grid's y axis, all of it, are one cluster. No result depends on how
+// many they are.
 inline cudaError_t launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
                                  int cluster, cudaStream_t stream, const Arguments& arguments) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
@@ -31,7 +32,7 @@ inline cudaError_t launch_kernel(void (*kernel)(Arguments), dim3 grid, int threa
   config.attrs = &together;
   // A part of a device may have no room for so many blocks side by side.
   for (; cluster > 1; cluster /= 2) {
-    together.val.clusterDim.x = 1, together.val.clusterDim.y = cluster, together.val.clusterDim.z = 1;
+    together.val.clusterDim = {1, static_cast<unsigned>(cluster), 1};
     config.gridDim.y = cluster, config.numAttrs = 1;
     int fit = 0;
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);

@@ -1,4 +1,4 @@
-// The columns of a problem, transposed and with 8 bits per cost: a quarter of the costs' memory. Column after
+// The columns of a problem, transposed and with 8 bits per cost: a quarter of the costs' memory. A
 // column can then be read in whole lines, where its costs lie a row apart.
 //
 // A level tells between which two numbers a cost is, rounding included:
@@ -53,8 +53,8 @@ __device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels<T> levels, Team
       high = is_finite(x) ? greater(high, x) : high;
     }
     low = is_finite(low) ? low : 0.0;
-    // A little more than a 254th of the range, so that the last level ends beyond it, with the least
-    // double for ranges that have few bits.
+    // A little more than a 254th of the range, so that the last level ends beyond it, with the
+    // least double for ranges that have few bits.
     const double range = high > low ? high - low : 0.0;
     const T its_step = rounded_up(T(), range * (0x1.00001p0 / kLevels) + 0x1p-1074);
     const double step = its_step, per_step = step > 0.0 ? 1.0 / step : 0.0;

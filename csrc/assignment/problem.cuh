@@ -175,24 +175,24 @@ __host__ __device__ inline int level_pitch(int n) {
 
 struct Workspace {
   Scalars* scalars;
-  double* v;           // (padded m) column duals, 0 beyond the last column
-  double* u;           // (n) row duals; row minima
-  void* potential;     // (padded m) column means, then Sinkhorn potentials, in the costs' type
-  double* row_value;   // (n) gain of the start in a sampled row; Sinkhorn potentials; slacks
-  float* row_spread;   // (n) distance from the least to about the ninth reduced cost, under the
-                       // duals from the means
-  float* cost_spread;  // (n) the same under zero duals
-  int* row_of;         // (m)
-  int* column_of;      // (n); first the column of each row's least reduced cost
-  unsigned* row_hash;  // (n)
-  int* twin;           // (n) the first row with the same costs
-  void* list_cost;     // (n, kWarp, kListed) candidates, from kListColumns on
-  int* list_column;    // the same
-  float* list_bound;   // (n, kWarp)
+  double* v;             // (padded m) column duals, 0 beyond the last column
+  double* u;             // (n) row duals; row minima
+  void* potential;       // (padded m) column means, then Sinkhorn potentials, in the costs' type
+  double* row_value;     // (n) gain of the start in a sampled row; Sinkhorn potentials; slacks
+  float* row_spread;     // (n) distance from the least to about the ninth reduced cost, under the
+                         // duals from the means
+  float* cost_spread;    // (n) the same under zero duals
+  int* row_of;           // (m)
+  int* column_of;        // (n); first the column of each row's least reduced cost
+  unsigned* row_hash;    // (n)
+  int* twin;             // (n) the first row with the same costs
+  void* list_cost;       // (n, kWarp, kListed) candidates, from kListColumns on
+  int* list_column;      // the same
+  float* list_bound;     // (n, kWarp)
   unsigned char* level;  // (m, level_pitch) columns at 8 bits per cost
   void* level_low;       // (m)
   void* level_step;      // (m)
-  void* copies;        // (slots, n) columns
+  void* copies;          // (slots, n) columns
   unsigned char* state;
 
   __host__ __device__ int64_t carve(unsigned char* base, const Arguments& a) {

@@ -201,8 +201,8 @@ __device__ void tighten(const Graph& graph, Nodes& nodes, double bound) {
     for (int k = 0; k < 4; ++k) {
       const int node = graph.node(g, k);
       if (node < graph.count())
-        nodes.set_limit(
-            g, k, lesser(static_cast<double>(nodes.limit(g, k)), bound + graph.dual(node)));
+        nodes.set_limit(g, k,
+                        lesser(static_cast<double>(nodes.limit(g, k)), bound + graph.dual(node)));
     }
   }
 }

@@ -1,9 +1,9 @@
 // The kernel that matches a problem, given the start: with many rows bids and an auction by all
 // blocks of a cluster; then, by the first of them, bids, and forests where they stall; the auction
-// where that is not enough; bids by columns that have a price but no row; shortest paths for the rows
-// that are still free; then the reverse pass. After the paths every row is matched, but a column that
-// nobody took may still have a negative dual: it was priced for a demand that did not come. Each such
-// column is raised to zero, or takes a row.
+// where that is not enough; bids by columns that have a price but no row; shortest paths for the
+// rows that are still free; then the reverse pass. After the paths every row is matched, but a
+// column that nobody took may still have a negative dual: it was priced for a demand that did not
+// come. Each such column is raised to zero, or takes a row.
 #pragma once
 
 #include "forest.cuh"
@@ -11,15 +11,15 @@
 namespace croc::gpu {
 
 constexpr int kPathThreads = 512;
-constexpr int kEnoughFree = 8;    // one row less costs bidding more than a path of its own
-constexpr int kBidRounds = 80;    // at most, before the first forest
-constexpr int kAfterForest = 40;  // and after one
-constexpr int kForestLeast = 16;  // rows: fewer are cheaper on paths of their own
-constexpr int kForestGain = 16;   // a forest helps if n / 16 of the free rows find a place
-constexpr int kForestMisses = 2;  // in a row that end them
-constexpr int kAuctionShare = 3;   // the auction is for more than n / 3 free rows
-constexpr int kAuctionLeast = 32;  // and more than this many
-constexpr int kRaiseLimit = 8;     // rounds by columns before the paths
+constexpr int kEnoughFree = 8;       // one row less costs bidding more than a path of its own
+constexpr int kBidRounds = 80;       // at most, before the first forest
+constexpr int kAfterForest = 40;     // and after one
+constexpr int kForestLeast = 16;     // rows: fewer are cheaper on paths of their own
+constexpr int kForestGain = 16;      // a forest helps if a 16th of the free rows find a place
+constexpr int kForestMisses = 2;     // in a row that end them
+constexpr int kAuctionShare = 3;     // the auction is for more than n / 3 free rows
+constexpr int kAuctionLeast = 32;    // and more than this many
+constexpr int kRaiseLimit = 8;       // rounds by columns before the paths
 constexpr int kTogetherRounds = 40;  // with many rows, before
 constexpr int kTogetherFree = 160;   // more free rows than this are auctioned
 
@@ -67,8 +67,8 @@ __device__ CROC_NOINLINE void run_auction(Arguments a) {
   auction(work.p, work.p.levels(a), work.s, Team::alone());
 }
 
-// Bids, and an auction if that leaves too many rows free, by all blocks of a cluster. Searches for so many rows
-// would take far longer.
+// Bids, and an auction if that leaves too many rows free, by all blocks of a cluster. Searches for
+// so many rows would take far longer.
 template <class T, int kGroups, bool kShared>
 __device__ CROC_NOINLINE void bid_together(Arguments a) {
   Work<T, kGroups, kShared> work(a);
@@ -126,7 +126,8 @@ __device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
   return true;
 }
 
-// What remains of the reverse pass, one shortest path each. `kLevels`: the columns' levels are there.
+// What remains of the reverse pass, one shortest path each. `kLevels`: the columns' levels are
+// there.
 template <class T, int kGroups, bool kShared, bool kLevels>
 __device__ CROC_NOINLINE void release_columns(Arguments a) {
   const Work<T, kGroups, kShared> work(a);

@@ -31,8 +31,8 @@ inline int threads_for(int wanted, int most) {
 struct Plan {
   int64_t shared;  // bytes of shared memory for their state; 0: it is in the workspace
   int threads;
-  int groups;  // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
-  int blocks;  // that bid for one problem, a cluster
+  int groups;     // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
+  int blocks;     // that bid for one problem, a cluster
   int many_rows;  // as in Arguments
 };
 

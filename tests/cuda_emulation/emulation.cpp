@@ -426,7 +426,8 @@ const char* error() { return current.error[0] == 0 ? nullptr : current.error; }
 
 void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared, int cluster) {
   if (current.error[0] != 0) return;
-  const bool whole = cluster == 1 || (cluster <= kMostBlocks && static_cast<int>(grid.y) == cluster);
+  const bool whole =
+      cluster == 1 || (cluster <= kMostBlocks && static_cast<int>(grid.y) == cluster);
   if (threads % kLanes != 0 || threads < kLanes || threads > kMaxThreads || grid.x == 0 ||
       grid.y == 0 || grid.y > 65535 || !whole) {
     std::snprintf(current.error, sizeof current.error,
@@ -437,9 +438,9 @@ void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared, 
   for (int rank = 0; rank < cluster; ++rank) {
     unsigned char*& stacks = together.blocks[rank].stacks;
     if (stacks == nullptr)
-      stacks = static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStackBytes,
-                                                PROT_READ | PROT_WRITE,
-                                                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      stacks = static_cast<unsigned char*>(
+          mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
   current.body = std::move(body);
   current.threads = threads;

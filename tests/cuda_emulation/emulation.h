@@ -1,8 +1,8 @@
 // A small CUDA on the host, enough to run csrc/assignment/*.cuh as they are: blocks run one after
 // another, the threads of a block are fibers that switch only where CUDA lets threads wait for each
 // other. The order of fibers is a seeded shuffle, so a missing barrier shows as a result that
-// depends on the seed. The blocks of a cluster run together, each on a thread of the host's own, so that each has
-// its own shared memory; one of them runs at a time, and who is next is part of the shuffle.
+// depends on the seed. The blocks of a cluster run together, each on a thread of the host's own, so
+// that each has its own shared memory; one runs at a time, and who is next is part of the shuffle.
 //
 // It checks what a GPU leaves undefined: a barrier that part of a block reaches elsewhere or never,
 // and a warp operation whose lanes are not all there. It does not model memory ordering inside one
@@ -59,12 +59,13 @@ enum class Op {
 };
 uint64_t block_wait(Op op, uint64_t value, int site);
 void cluster_wait(int site);
-void* cluster_address(const void* address, unsigned rank);  // the same in another block's shared memory
+// The same place in another block's shared memory.
+void* cluster_address(const void* address, unsigned rank);
 uint64_t warp_reduce(Op op, uint64_t value, int site);
 uint64_t warp_shuffle(uint64_t value, int source, int site);
 void check_mask(unsigned mask);
 void maybe_switch();  // before an atomic: other threads may come first
-int64_t clock();  // rises by one with every call
+int64_t clock();      // rises by one with every call
 unsigned char* dynamic_shared();
 
 template <class T>
@@ -188,4 +189,5 @@ inline int __clzll(long long x) {
 inline int64_t clock64() { return emulation::clock(); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
-using std::fma, std::fmax, std::fmaxf, std::fmin, std::ldexp, std::log, std::max, std::min, std::rint;
+using std::fma, std::fmax, std::fmaxf, std::fmin, std::ldexp, std::log, std::max, std::min,
+    std::rint;

@@ -83,18 +83,20 @@ void race(int* out) {
 }  // namespace
 
 // Solves a batch; `shared_limit` is what a block of the pretended device has. `counters` gets
-// kCounters ints per problem. `blocks` bid together whatever the size, and every problem's columns are kept at 8 bits;
-// 0: as for this size on a device with clusters. Returns null, or what went wrong.
+// kCounters ints per problem. With `blocks` every problem counts as one with many rows, for which
+// as many blocks bid; 0: as for this size on a device with clusters. Returns null, or what went
+// wrong.
 extern "C" const char* emulate(const void* cost, int is_double, int batch, int rows, int columns,
                                const void* num_rows, int wide_num_rows, int maximize,
                                int64_t* index, double* row_dual, double* column_dual, double* gap,
-                               int32_t* status, int* counters, uint64_t seed,
-                               int64_t shared_limit, int blocks) {
+                               int32_t* status, int* counters, uint64_t seed, int64_t shared_limit,
+                               int blocks) {
   emulation::start(seed);
   Arguments a{};
   a.cost = cost, a.num_rows = num_rows, a.wide_num_rows = wide_num_rows;
   a.vectors = columns % 4 == 0 && reinterpret_cast<uintptr_t>(cost) % 16 == 0;
-  a.maximize = maximize, a.cost_bytes = is_double ? 8 : 4, a.batch = batch, a.rows = rows, a.columns = columns;
+  a.maximize = maximize, a.cost_bytes = is_double ? 8 : 4, a.batch = batch, a.rows = rows,
+  a.columns = columns;
   a.index = index, a.row_dual = row_dual, a.column_dual = column_dual, a.gap = gap,
   a.status = status;
   const Plan plan = make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit),
@@ -122,12 +124,14 @@ extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t sha
                                    int* groups) {
   Arguments a{};
   a.batch = batch, a.rows = rows, a.columns = columns, a.cost_bytes = 4;
-  const Plan plan = make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit), kMostBlocks);
+  const Plan plan =
+      make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit), kMostBlocks);
   *groups = plan.groups;
   return plan_workspace(a, plan);
 }
 
-// What levels.cuh says of costs, (rows, columns) doubles: for each the two ends that its level gives.
+// What levels.cuh says of costs, (rows, columns) doubles: for each the two ends that its level
+// gives.
 extern "C" const char* level_ends(const void* cost, int is_double, int rows, int columns,
                                   double* lower, double* upper, int* levels) {
   emulation::start(0);
@@ -161,8 +165,9 @@ extern "C" int bid_blocks(int batch, int rows, int columns, int64_t shared_limit
 extern "C" const char* run_mistake(int which, uint64_t seed, int* out) {
   emulation::start(seed);
   const std::function<void()> mistakes[] = {
-      divergent_barrier, missing_threads, missing_lanes,     partial_mask,          shared_overrun,
-      divergent_cluster, missing_block,   late_word,         [=] { race(out); },    [=] { cluster_race(out); }};
+      divergent_barrier,  missing_threads,           missing_lanes, partial_mask,
+      shared_overrun,     divergent_cluster,         missing_block, late_word,
+      [=] { race(out); }, [=] { cluster_race(out); }};
   const int blocks = which == 5 || which == 6 || which == 7 || which == 9 ? 3 : 1;
   emulation::launch(mistakes[which], dim3(1, blocks), 128, 64, blocks);
   return emulation::error();

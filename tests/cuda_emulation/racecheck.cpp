@@ -79,7 +79,7 @@ int main(int argc, char** argv) {
     ok = run("equal rows", 90, 60, 227 * 1024, most, blocks) && ok;
     ok = run("product", 110, 150, 227 * 1024, most, blocks) && ok;
   }
-  for (int count : most) ok = count > 0 && ok;            // every phase was reached
+  for (int count : most) ok = count > 0 && ok;  // every phase was reached
   std::puts(ok ? "ok" : "failed");
   return ok ? 0 : 1;
 }
