@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "assignment/solver.cuh"
+#include "assignment/launch.cuh"
 
 namespace {
 
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kPathThreads, 1)
   CROC_DYNAMIC_SHARED(shared);
   const Problem<float> p(a);
   State s;
-  s.carve(shared, a.max_n(), a.max_m(), kGroups);
+  s.carve(shared, a.max_n(), a.max_m(), kGroups, 1);
   for (int j = threadIdx.x; j < padded(p.m); j += blockDim.x) s.v[j] = 0.0;
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) s.row_of[j] = j < p.n - 1 ? j : -1;
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.u[i] = 0.0, s.twin[i] = i;
@@ -74,7 +74,7 @@ void measure_scan(int batch, int n, int m, int threads) {
         static_cast<int>(k % m) < n - 1 ? uniform(random) : std::numeric_limits<float>::infinity();
   Arguments a{};
   a.batch = batch, a.rows = n, a.columns = m, a.cost_bytes = 4, a.vectors = m % 4 == 0;
-  const Plan plan = make_plan(n, m, 227 * 1024);
+  const Plan plan = make_plan(batch, n, m, 227 * 1024, kMostBlocks);
   unsigned char* workspace = nullptr;
   CHECK(cudaMalloc(&workspace, plan_workspace(a, plan)));
   a.workspace = workspace;
@@ -104,8 +104,7 @@ void measure_scan(int batch, int n, int m, int threads) {
   std::printf(
       "{\"case\": \"scan\", \"B\": %d, \"N\": %d, \"M\": %d, \"threads\": %d, \"rows\": %d, "
       "\"steps\": %d, \"us_per_row\": %.4f, \"us_per_step\": %.4f}\n",
-      batch, n, m, threads, rows, taken, 1e3f * median(times) / rows,
-      1e3f * median(times) / taken);
+      batch, n, m, threads, rows, taken, 1e3f * median(times) / rows, 1e3f * median(times) / taken);
   CHECK(cudaFree(workspace));
   CHECK(cudaFree(device_cost));
   CHECK(cudaFree(reads));
@@ -117,11 +116,8 @@ struct TimedLauncher {
   std::vector<cudaEvent_t>* events;
 
   void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
-                  const Arguments& a) const {
-    CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared)));
-    kernel<<<grid, threads, shared>>>(a);
-    CHECK(cudaGetLastError());
+                  const Arguments& a, int cluster = 1) const {
+    CHECK(launch_kernel(kernel, grid, threads, shared, cluster, nullptr, a));
     cudaEvent_t event;
     CHECK(cudaEventCreate(&event));
     CHECK(cudaEventRecord(event));
@@ -139,11 +135,10 @@ const char* const kNames[] = {
 
 // In the order of Counter.
 const char* const kCounterNames[] = {
-    "rounds",       "bids",         "column_rounds", "column_bids", "forests",
-    "forest_scans", "forest_steps", "paths",         "row_scans",   "row_steps",
-    "raise_rounds", "raise_bids",   "released",      "column_scans", "column_steps",
-    "bid_us",       "forest_us",    "auction_us",    "path_us",     "raise_us",
-    "release_us"};
+    "rounds",       "bids",         "column_rounds", "column_bids", "forests",      "forest_scans",
+    "forest_steps", "paths",        "row_scans",     "row_steps",   "raise_rounds", "raise_bids",
+    "released",     "column_scans", "column_steps",  "bid_us",      "forest_us",    "auction_us",
+    "path_us",      "raise_us",     "release_us"};
 static_assert(sizeof kCounterNames / sizeof *kCounterNames == kCounters);
 constexpr size_t kLaunches = sizeof kNames / sizeof *kNames;
 
@@ -159,6 +154,17 @@ std::vector<float> make_costs(const std::string& family, int batch, int n, int m
   return cost;
 }
 
+// Of the indices and column duals (FNV-1a): equal solutions have equal digests.
+uint64_t digest_of(const Arguments& a) {
+  std::vector<int64_t> words(static_cast<size_t>(a.batch) * (a.rows + a.columns));
+  int64_t* duals = words.data() + static_cast<int64_t>(a.batch) * a.rows;
+  CHECK(cudaMemcpy(words.data(), a.index, int64_t{8} * a.batch * a.rows, cudaMemcpyDeviceToHost));
+  CHECK(cudaMemcpy(duals, a.column_dual, int64_t{8} * a.batch * a.columns, cudaMemcpyDeviceToHost));
+  uint64_t digest = 14695981039346656037u;
+  for (const int64_t word : words) digest = (digest ^ static_cast<uint64_t>(word)) * 1099511628211u;
+  return digest;
+}
+
 void measure_solve(const std::string& name, const std::vector<float>& cost, int batch, int n,
                    int m) {
   Arguments a{};
@@ -171,7 +177,7 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
   CHECK(cudaMalloc(&a.column_dual, columns * 8));
   CHECK(cudaMalloc(&a.gap, batch * 8));
   CHECK(cudaMalloc(&a.status, batch * 4));
-  const Plan plan = make_plan(a.max_n(), a.max_m(), 227 * 1024);
+  const Plan plan = make_plan(batch, a.max_n(), a.max_m(), 227 * 1024, kMostBlocks);
   CHECK(cudaMalloc(&a.workspace, plan_workspace(a, plan)));
   std::vector<std::vector<float>> times(kLaunches + 1);
   for (int run = 0; run < kWarmups + kRuns; ++run) {
@@ -211,9 +217,11 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
     if (cycles > longest) std::copy_n(counters, kCounters, slowest);
     longest = std::max(longest, cycles);
   }
-  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, ", name.c_str(), batch,
-              n, m, median(times[kLaunches]));
-  std::printf("\"max_gap\": %g", *std::max_element(gaps.begin(), gaps.end()));
+  std::printf("{\"case\": \"%s\", \"B\": %d, \"N\": %d, \"M\": %d, \"ms\": %.4f, ", name.c_str(),
+              batch, n, m, median(times[kLaunches]));
+  std::printf("\"max_gap\": %g, \"digest\": \"%016llx\"",
+              *std::max_element(gaps.begin(), gaps.end()),
+              static_cast<unsigned long long>(digest_of(a)));
   for (const auto& [which, counters] : {std::pair("most", most), std::pair("slowest", slowest)}) {
     std::printf(", \"%s\": {", which);
     for (int c = 0; c < kCounters; ++c)

@@ -300,6 +300,9 @@ def test_workspace_is_below_half_of_the_costs() -> None:
         ("missing_lanes", "threads wait"),
         ("partial_mask", "all lanes"),
         ("shared_overrun", "shared memory"),
+        ("divergent_cluster", "divergent blocks"),
+        ("missing_block", "blocks wait"),
+        ("late_word", "has ended"),
     ],
 )
 def test_emulation_notices(mistake: str, message: str) -> None:
@@ -309,17 +312,19 @@ def test_emulation_notices(mistake: str, message: str) -> None:
 
 @needs_compiler
 def test_emulation_shows_a_race() -> None:
-    outcomes = {emulator.run_mistake("race", seed)[1].tobytes() for seed in range(8)}
-    assert len(outcomes) > 1
+    for mistake in ("race", "cluster_race"):
+        outcomes = {emulator.run_mistake(mistake, seed)[1].tobytes() for seed in range(8)}
+        assert len(outcomes) > 1
 
 
 @needs_compiler
 def test_emulated_racecheck(tmp_path: pathlib.Path) -> None:
     """No two threads of a block touch one address without a barrier in between."""
-    mistake = emulator.racecheck(tmp_path, "mistake")
-    if "FATAL: ThreadSanitizer" in mistake.stderr:
-        pytest.skip(f"ThreadSanitizer does not run here: {mistake.stderr.strip()[:200]}")
-    assert "data race" in mistake.stderr
+    for which in ("race", "cluster_race"):
+        mistake = emulator.racecheck(tmp_path, which)
+        if "FATAL: ThreadSanitizer" in mistake.stderr:
+            pytest.skip(f"ThreadSanitizer does not run here: {mistake.stderr.strip()[:200]}")
+        assert "data race" in mistake.stderr
     result = emulator.racecheck(tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (0, "ok\n", "")
 

@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "assignment/solver.cuh"
+#include "assignment/launch.cuh"
 #include "stable_utils.h"
 
 namespace croc::gpu {
@@ -19,13 +19,8 @@ struct StreamLauncher {
   cudaStream_t stream;
 
   void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
-                  const Arguments& arguments) const {
-    constexpr int64_t kWithoutAsking = 48 * 1024;
-    if (shared > kWithoutAsking)
-      CROC_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(shared)));
-    kernel<<<grid, threads, static_cast<size_t>(shared), stream>>>(arguments);
-    CROC_CUDA_LAUNCH_CHECK();
+                  const Arguments& arguments, int cluster = 1) const {
+    CROC_CUDA_CHECK(launch_kernel(kernel, grid, threads, shared, cluster, stream, arguments));
   }
 };
 
@@ -79,7 +74,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_assignment(
   int shared_limit = 0;
   CROC_CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin,
                                          costs.get_device_index()));
-  const Plan plan = make_plan(a.max_n(), a.max_m(), shared_limit);
+  int most = 1;
+  CROC_CUDA_CHECK(most_blocks(costs.get_device_index(), most));
+  const Plan plan = make_plan(a.batch, a.max_n(), a.max_m(), shared_limit, most);
   Tensor workspace = make({plan_workspace(a, plan)}, ScalarType::Byte);
   a.workspace = workspace.mutable_data_ptr<uint8_t>();
   const StreamLauncher launch{

@@ -5,13 +5,24 @@
 #pragma once
 
 #include "columns.cuh"
+#include "levels.cuh"
 
 namespace croc::gpu {
 
-constexpr int kAuctionPhases = 4;  // epsilon = the costs' local scale times 1, 1/4, 1/16, 1/64
 constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
 constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
+
+// epsilon = the costs' local scale times `first`, and `fall` times the one before. Few priced
+// columns left by a phase, and few free rows by the last one, are cheaper in what follows.
+struct Schedule {
+  double first, fall;
+  int phases, priced, last_priced, last_free;
+};
+
+__device__ inline Schedule schedule_for(bool many_rows) {
+  return many_rows ? Schedule{2.0, 0.125, 3, 2, 4, 8} : Schedule{1.0, 0.25, 4, 0, 0, 0};
+}
 
 struct Offer {
   double least, second;  // the two smallest reduced costs of the column
@@ -26,35 +37,101 @@ __device__ inline Offer warp_offer(double least, double second, unsigned key) {
   return {from_ordered(found.value), from_ordered(runner_up), static_cast<int>(found.key)};
 }
 
+__device__ inline void add_offer(double reduced, int row, double& least, double& second,
+                                 unsigned& key) {
+  const bool nearer = reduced < least;
+  second = nearer ? least : lesser(second, reduced);
+  key = nearer ? static_cast<unsigned>(row) : key;
+  least = nearer ? reduced : least;
+}
+
+constexpr int kLoads = 8;  // of a column that a lane has under way
+
 // One warp reads every `parts`-th group of rows of a column, from group `part` on. All loads of a
 // batch come before its stores, which they could not overtake.
 template <class T>
 __device__ Offer find_offer(const Costs<T>& costs, const State& s, T* copies, int column, int part,
                             int parts) {
-  constexpr int kBatch = 8;
   const Column<T> entries(costs, s, copies, column);
   double least = infinity(), second = infinity();
   unsigned key = ~0u;
-  for (int first = part * kWarp + lane_id(); first < costs.n; first += kBatch * parts * kWarp) {
-    T x[kBatch];
+  for (int first = part * kWarp + lane_id(); first < costs.n; first += kLoads * parts * kWarp) {
+    T x[kLoads];
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
+    for (int b = 0; b < kLoads; ++b) {
       const int i = first + b * parts * kWarp;
       x[b] = i < costs.n ? entries.from[i * entries.stride] : static_cast<T>(0);
     }
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
+    for (int b = 0; b < kLoads; ++b) {
       const int i = first + b * parts * kWarp;
       if (i >= costs.n) break;
       if (entries.to != nullptr) entries.to[i] = x[b];
       const double reduced = static_cast<double>(costs.sign * x[b]) - s.u[i];
-      if (reduced < least) {
-        second = least;
-        least = reduced;
-        key = static_cast<unsigned>(i);
-      } else {
-        second = fmin(second, reduced);
-      }
+      add_offer(reduced, i, least, second, key);
+    }
+  }
+  return warp_offer(least, second, key);
+}
+
+// Four levels at a time, kLoads times, `stride` rows apart: each(place of a level among all, level,
+// dual of its row). All loads come before their use.
+template <class Each>
+__device__ void for_levels(const unsigned char* levels, const double* row_dual, int from,
+                           int stride, int n, Each each) {
+  unsigned words[kLoads];
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) {
+    const int i = from + j * stride;
+    words[j] = i < n ? *reinterpret_cast<const unsigned*>(levels + i) : ~0u;  // kNoLevel
+  }
+#pragma unroll
+  for (int j = 0; j < kLoads; ++j) {
+    const int i = from + j * stride;
+    double u[kRowsPerWord];
+    four(row_dual, i < n ? i : 0, u);
+#pragma unroll
+    for (int k = 0; k < kRowsPerWord; ++k) each(kRowsPerWord * j + k, level_in(words[j], k), u[k]);
+  }
+}
+
+// The same from the column's levels.
+template <class T>
+__device__ CROC_NOINLINE Offer find_offer(Costs<T> costs, Levels<T> levels, const double* row_dual,
+                                          int column, int part, int parts) {
+  const double low = levels.low[column], step = levels.step[column];
+  const unsigned char* its_levels = levels.column(column);
+  const int start = kRowsPerWord * (part * kWarp + lane_id());
+  const int stride = kRowsPerWord * parts * kWarp;
+  double nearest = infinity();  // upper end
+  for (int from = start; from < costs.n; from += kLoads * stride)
+    for_levels(its_levels, row_dual, from, stride, costs.n, [&](int, unsigned level, double u) {
+      const double upper = fma(number_of(level) + 1.0, step, low) - u;
+      nearest = level != kNoLevel ? lesser(nearest, upper) : nearest;
+    });
+  // Of two lanes' nearest, the further: at least two rows are that near.
+  const unsigned lane = static_cast<unsigned>(lane_id());
+  const Least found = warp_least({ordered(nearest), lane});
+  const double bound = from_ordered(warp_min(ordered(found.key == lane ? infinity() : nearest)));
+  double least = infinity(), second = infinity();
+  unsigned key = ~0u;
+  for (int chunk = start; chunk < costs.n; chunk += 2 * kLoads * stride) {
+    uint64_t promising = 0;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      unsigned bits = 0;
+      for_levels(its_levels, row_dual, chunk + half * kLoads * stride, stride, costs.n,
+                 [&](int place, unsigned level, double u) {
+                   const bool is = fma(number_of(level), step, low) - u <= bound;
+                   bits |= static_cast<unsigned>(is) << place;
+                 });
+      promising |= static_cast<uint64_t>(bits) << (32 * half);
+    }
+    while (promising != 0) {
+      const int place = __ffsll(static_cast<long long>(promising)) - 1;
+      promising &= promising - 1;
+      const int row = chunk + place / kRowsPerWord * stride + place % kRowsPerWord;
+      if (row < costs.n) add_offer(costs.at(row, column) - row_dual[row], row, least, second, key);
     }
   }
   return warp_offer(least, second, key);
@@ -63,9 +140,10 @@ __device__ Offer find_offer(const Costs<T>& costs, const State& s, T* copies, in
 // Every listed column offers its nearest row a place at a price that its second choice sets, or
 // gives up its price. Where columns are few, several warps share one.
 template <class T>
-__device__ void place_offers(const Costs<T>& costs, const State& s, T* copies, int count,
-                             double epsilon) {
+__device__ void place_offers(const Problem<T>& p, const Levels<T>& levels, const State& s,
+                             int count, double epsilon) {
   __shared__ Offer offers[kWarp];
+  const Costs<T>& costs = p.costs;
   int parts = 1;
   while (2 * parts * count <= warp_count()) parts *= 2;
   const auto place = [&](int k, Offer offer) {
@@ -80,7 +158,10 @@ __device__ void place_offers(const Costs<T>& costs, const State& s, T* copies, i
               static_cast<unsigned long long>(ordered(s.bid[k])));
   };
   for (int k = warp_id() / parts; k < count; k += warp_count() / parts) {
-    const Offer offer = find_offer(costs, s, copies, s.list[k], warp_id() % parts, parts);
+    const int column = s.list[k], part = warp_id() % parts;
+    const Offer offer = levels.level != nullptr
+                            ? find_offer(costs, levels, s.u, column, part, parts)
+                            : find_offer(costs, s, p.copies(), column, part, parts);
     if (lane_id() != 0) continue;
     if (parts > 1)
       offers[warp_id()] = offer;
@@ -132,10 +213,11 @@ __device__ void accept_offers(const Costs<T>& costs, const State& s, int count) 
 
 // One round of the listed columns.
 template <class T>
-__device__ void bid_columns_once(const Problem<T>& p, const State& s, int priced, double epsilon) {
+__device__ void bid_columns_once(const Problem<T>& p, const Levels<T>& levels, const State& s,
+                                 int priced, double epsilon) {
   for (int k = threadIdx.x; k < priced; k += blockDim.x) take_slot(s, s.list[k], p.slots);
   __syncthreads();
-  place_offers(p.costs, s, p.copies(), priced, epsilon);
+  place_offers(p, levels, s, priced, epsilon);
   accept_offers(p.costs, s, priced);
 }
 
@@ -146,18 +228,22 @@ __device__ int collect_priced(const Costs<T>& costs, const State& s) {
                        [&](int j) { return s.row_of[j] < 0 && s.v[j] < 0.0; });
 }
 
-// Rounds until no unmatched column has a negative dual; returns whether that was reached. Every row
-// must be matched.
+// Rounds until at most `enough` unmatched columns have a negative dual; returns whether that was
+// reached. Columns at work are few: each block of a team repeats these rounds, and none
+// waits for another.
 template <class T>
-__device__ bool bid_columns(const Problem<T>& p, const State& s, double epsilon) {
+__device__ bool bid_columns(const Problem<T>& p, const Levels<T>& levels, const State& s, Team team,
+                            double epsilon, int enough) {
   int bids = 0;
   for (int round = 0; round < kAuctionRounds && (round < kPatience || bids > 2 * round); ++round) {
     const int priced = collect_priced(p.costs, s);
-    if (priced == 0) return true;
-    count(p.scalars(), kReverseRounds, 1);
-    count(p.scalars(), kReverseBids, priced);
+    if (priced <= enough) return true;
+    if (team.rank == 0) {
+      count(p.scalars(), kReverseRounds, 1);
+      count(p.scalars(), kReverseBids, priced);
+    }
     bids += priced;
-    bid_columns_once(p, s, priced, epsilon);
+    bid_columns_once(p, levels, s, priced, epsilon);
   }
   return false;
 }
@@ -166,19 +252,20 @@ __device__ bool bid_columns(const Problem<T>& p, const State& s, double epsilon)
 // of columns raise duals, so the lists are made again.
 template <class T>
 __device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, const State& s,
-                                 double epsilon) {
-  for (int row = warp_id(); row < costs.n; row += warp_count()) {
+                                 Team team, double epsilon) {
+  team.wait();  // others may still be at work on their lists and duals
+  for (int row = team.warp(); row < costs.n; row += team.warps()) {
     const int column = s.column_of[row];
     const double least = list_row(costs, lists, s.v, row);
-    if (lane_id() != 0) continue;
     const double its = column < 0 ? infinity() : costs.at(row, column) - s.v[column];
-    s.target[row] = its - least > epsilon;
-    s.u[row] = its - least > epsilon ? least : its;
+    const bool loose = its - least > epsilon;
+    team.tell(&s.list[row], static_cast<int>(loose));
+    team.tell(&s.u[row], loose ? least : its);
   }
-  __syncthreads();
+  team.wait();
   for (int row = threadIdx.x; row < costs.n; row += blockDim.x) {
     const int column = s.column_of[row];
-    if (column < 0 || !s.target[row]) continue;
+    if (column < 0 || s.list[row] == 0) continue;
     s.row_of[column] = -1;
     s.column_of[row] = -1;
   }
@@ -186,13 +273,18 @@ __device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, c
 }
 
 template <class T>
-__device__ void auction(const Problem<T>& p, const State& s) {
-  double epsilon = -on_grid(-p.scalars().spread, p.scalars());
-  for (int phase = 0; phase < kAuctionPhases && epsilon > 0.0; ++phase) {
+__device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, Team team) {
+  const Schedule schedule = schedule_for(p.many);
+  double epsilon = -on_grid(-schedule.first * p.scalars().spread, p.scalars());
+  for (int phase = 0; phase < schedule.phases && epsilon > 0.0; ++phase) {
+    const bool last = phase + 1 == schedule.phases;
+    const int free = last ? schedule.last_free : 0;
     int left = kAuctionRounds;
-    const bool done = bid(p, s, epsilon, left, 0, p.n) == 0 && bid_columns(p, s, epsilon);
-    epsilon = done && phase + 1 < kAuctionPhases ? -on_grid(-0.25 * epsilon, p.scalars()) : 0.0;
-    drop_loose_pairs(p.costs, p.lists(), s, epsilon);
+    const bool done =
+        bid(p, s, team, epsilon, left, free, p.n) <= free &&
+        bid_columns(p, levels, s, team, epsilon, last ? schedule.last_priced : schedule.priced);
+    epsilon = done && !last ? -on_grid(-schedule.fall * epsilon, p.scalars()) : 0.0;
+    drop_loose_pairs(p.costs, p.lists(), s, team, epsilon);
   }
 }
 

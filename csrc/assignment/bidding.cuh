@@ -3,6 +3,7 @@
 // and only ever lowers v.
 #pragma once
 
+#include "cluster.cuh"
 #include "nearest.cuh"
 
 namespace croc::gpu {
@@ -39,50 +40,67 @@ __device__ Bid find_bid(const Costs<T>& costs, const State& s, int row) {
           unrotated(found.key & ~kMatched, turn, costs.m)};
 }
 
-// Writes entry k of the bids; returns whether there is one. Without an epsilon a bid that would not
-// lower the dual of a taken column is not made: it could go round for ever.
-__device__ inline bool place_bid(const State& s, int k, Bid bid, double epsilon) {
+// What a bid is for (-1: none) and its price. Without an epsilon a bid that would not lower the
+// dual of a taken column is not made: it could go round for ever.
+struct Placed {
+  int target;
+  double price;
+};
+
+__device__ inline Placed place_bid(const State& s, Bid bid, double epsilon) {
   const bool taken = bid.column >= 0 && s.row_of[bid.column] >= 0;
-  if (is_finite(bid.least)) s.u[s.list[k]] = bid.least;
   // The only column a row may have: any price is right, so none is made up.
-  double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
-  if (!is_finite(bid.least) || (taken && !(step > 0.0))) {
-    s.target[k] = -1;
-    return false;
-  }
-  step = fmax(step, 0.0);
-  s.target[k] = bid.column;
-  s.bid[k] = s.v[bid.column] - step;
-  atomicMin(reinterpret_cast<unsigned long long*>(&s.best[bid.column]),
-            static_cast<unsigned long long>(ordered(s.bid[k])));
-  return true;
+  const double step = is_finite(bid.second) ? bid.second - bid.least + epsilon : 0.0;
+  if (!is_finite(bid.least) || (taken && !(step > 0.0))) return {-1, 0.0};
+  return {bid.column, s.v[bid.column] - fmax(step, 0.0)};
 }
 
-// Bids for all free rows, by a warp each; returns whether any was made. A warp that is done takes
-// the next row: some have to read parts of their row again. `next` is zero before and after.
+__device__ inline void outbid(const State& s, int column, double price) {
+  atomicMin(reinterpret_cast<unsigned long long*>(&s.best[column]),
+            static_cast<unsigned long long>(ordered(price)));
+}
+
+// Bids for all free rows, by a warp each; returns whether any was made. Then s.best has the best
+// bid for every column. A warp that is done takes the block's next row: some have to read parts of
+// their row again. `next` is zero before and after.
 template <class T>
-__device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s,
+__device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s, Team team,
                            int num_free, double epsilon, int& next) {
   bool made = false;
-  int k = warp_id();
-  while (k < num_free) {
-    const int row = s.list[k];
+  const int its_rows = (num_free - team.rank + team.size - 1) / team.size;  // every size-th
+  int turn = warp_id();
+  while (turn < its_rows) {
+    const int k = team.rank + turn * team.size, row = s.list[k];
     const Bid bid =
         lists.bound != nullptr ? bid_from_list(costs, lists, s, row) : find_bid(costs, s, row);
+    const Placed placed = place_bid(s, bid, epsilon);
+    if (is_finite(bid.least)) team.tell(&s.u[row], bid.least);
+    team.tell(&s.target[k], placed.target);
+    team.tell(&s.bid[k], placed.price);
+    made |= placed.target >= 0;
     int taken = 0;
     if (lane_id() == 0) {
-      made |= place_bid(s, k, bid, epsilon);
-      if (num_free > warp_count()) taken = atomicAdd(&next, 1);
+      if (team.size == 1 && placed.target >= 0) outbid(s, placed.target, placed.price);
+      if (its_rows > warp_count()) taken = atomicAdd(&next, 1);
     }
-    k = warp_count() + __shfl_sync(kAllLanes, taken, 0);
-    if (num_free <= warp_count()) break;
+    turn = warp_count() + __shfl_sync(kAllLanes, taken, 0);
+    if (its_rows <= warp_count()) break;
+  }
+  if (team.size > 1) {
+    team.wait();
+    for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
+      if (s.target[k] < 0) continue;
+      outbid(s, s.target[k], s.bid[k]);
+      made = true;
+    }
   }
   const bool any = __syncthreads_or(made) != 0;
   if (threadIdx.x == 0) next = 0;
   return any;
 }
 
-// The best bid of each column takes it; among equal bids the lowest row.
+// The best bid of each column takes it; among equal bids the lowest row. A barrier must follow
+// before the next use of `path`.
 __device__ inline void award(const State& s, int num_free) {
   for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
     const int row = s.list[k], column = s.target[k];
@@ -106,14 +124,13 @@ __device__ inline void award(const State& s, int num_free) {
     s.best[column] = ~uint64_t{0};
     s.path[column] = kNobody;
   }
-  __syncthreads();
 }
 
 // Rounds until at most `enough` rows are free, no bid can be made, or none of the rounds `left` is.
 // With more than `patient` rows free it also ends when kWindow rounds free less than a tenth of
 // them. Returns the free rows, listed in s.list; their u is at most their least reduced cost.
 template <class T>
-__device__ int bid(const Problem<T>& p, const State& s, double epsilon, int& left, int enough,
+__device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int& left, int enough,
                    int patient) {
   __shared__ int next;
   if (threadIdx.x == 0) next = 0;
@@ -126,10 +143,10 @@ __device__ int bid(const Problem<T>& p, const State& s, double epsilon, int& lef
       if (num_free > patient && 10 * num_free > 9 * before) break;
       round = 0, before = num_free;
     }
-    count(p.scalars(), kRounds, 1);
-    count(p.scalars(), kBids, num_free);
-    const bool made = place_bids(p.costs, lists, s, num_free, epsilon, next);
-    award(s, num_free);
+    if (team.rank == 0) count(p.scalars(), kRounds, 1), count(p.scalars(), kBids, num_free);
+    const bool made = place_bids(p.costs, lists, s, team, num_free, epsilon, next);
+    if (made) award(s, num_free);
+    s.turn_page();
     if (!made) break;
     num_free = block_collect(p.n, s.list, p.n, free);
   }

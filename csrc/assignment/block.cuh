@@ -18,6 +18,11 @@ __device__ inline double from_ordered(uint64_t key) {
   return __longlong_as_double(bits ^ (~(bits >> 63) | INT64_MIN));
 }
 
+__device__ inline float rounded_down(float, double x) { return __double2float_rd(x); }
+__device__ inline double rounded_down(double, double x) { return x; }
+__device__ inline float rounded_up(float, double x) { return __double2float_ru(x); }
+__device__ inline double rounded_up(double, double x) { return x; }
+
 __device__ inline uint64_t warp_min(uint64_t x) {
   const unsigned high = static_cast<unsigned>(x >> 32);
   const unsigned least = __reduce_min_sync(kAllLanes, high);

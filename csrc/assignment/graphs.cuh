@@ -5,10 +5,6 @@
 
 namespace croc::gpu {
 
-__device__ inline float rounded_down(float, double x) { return __double2float_rd(x); }
-__device__ inline double rounded_down(double, double x) { return x; }
-__device__ inline float rounded_up(float, double x) { return __double2float_ru(x); }
-__device__ inline double rounded_up(double, double x) { return x; }
 __device__ inline float sum_down(float sign, float x, float y) { return __fmaf_rd(sign, x, y); }
 __device__ inline double sum_down(double sign, double x, double y) { return __fma_rd(sign, x, y); }
 
@@ -58,12 +54,40 @@ struct Nodes<T, 0> {
   __device__ void set_key(int g, int k, float x) { keys[place(g, k)] = x; }
 };
 
+// What a thread reads of a node: the costs to four of its own. Their sign is applied later: with
+// the load it would wait for it, and the next load for that.
+template <class T>
+struct FourCosts {
+  T x[4] = {};
+  __device__ T sum(T sign, int k, T base) const { return sum_down(sign, x[k], base); }
+};
+
+// The same at 8 bits, see levels.cuh: sums are lower bounds.
+template <class T>
+struct FourLevels {
+  unsigned word = 0;
+  T low = 0, step = 0;
+  __device__ T sum(T, int k, T base) const {
+    const T end = sum_down(static_cast<T>(number_of(level_in(word, k))), step, low);
+    return sum_down(static_cast<T>(1), end, base);
+  }
+};
+
 // Blocks have a power of two of threads.
 __device__ inline int log2_of(unsigned power) { return 31 - __clz(static_cast<int>(power)); }
+
+// Where threads own four nodes that lie together: whether this one is the thread's, its group and
+// place.
+__device__ inline bool owns_fours(int node, int& g, int& k) {
+  const unsigned ahead = static_cast<unsigned>(node) - 4 * threadIdx.x, round = 4 * blockDim.x;
+  g = static_cast<int>(ahead >> log2_of(round)), k = node % 4;
+  return (ahead & (round - 1)) < 4;
+}
 
 // From a row to the columns; a matched column leads to its row. A path may end at an unmatched one.
 template <class T, bool kVectors>
 struct RowGraph {
+  using Four = FourCosts<T>;
   const Costs<T>& costs;
   const State& s;
 
@@ -71,26 +95,21 @@ struct RowGraph {
   __device__ static int node(int g, int k) {
     return 4 * static_cast<int>(g * blockDim.x + threadIdx.x) + k;
   }
-  // The group and place of a node if it is this thread's.
-  __device__ static bool owns(int node, int& g, int& k) {
-    const unsigned ahead = static_cast<unsigned>(node) - 4 * threadIdx.x, round = 4 * blockDim.x;
-    g = static_cast<int>(ahead >> log2_of(round)), k = node % 4;
-    return (ahead & (round - 1)) < 4;
-  }
+  __device__ static bool owns(int node, int& g, int& k) { return owns_fours(node, g, k); }
   __device__ int next(int node) const { return s.row_of[node]; }
   __device__ double dual_of(int row) const { return s.u[row]; }
   __device__ double dual(int node) const { return s.v[node]; }
   __device__ double relief(int node) const { return s.row_of[node] < 0 ? 0.0 : infinity(); }
   __device__ double cost(int row, int node) const { return costs.at(row, node); }
-  __device__ void read(int row, int g, T (&x)[4]) const {
+  __device__ void read(int row, int g, Four& four) const {
     const T* p = costs.base + row * costs.row_stride;
     const int first = node(g, 0);
     if (!kVectors)
-      costs.load_each(p, first, x);
+      costs.load_each(p, first, four.x);
     else if (first < costs.m)
-      Costs<T>::load_vector(p + first, x);
+      Costs<T>::load_vector(p + first, four.x);
   }
-  __device__ void keep(int, int, const T (&)[4]) const {}
+  __device__ void keep(int, int, const Four&) const {}
 
   // Whether to read the node later would reach nothing new: it leads nowhere, or to a row with the
   // same costs as the one just read and no nearer.
@@ -103,6 +122,7 @@ struct RowGraph {
 // From a column to the rows, each of which leads to its column, whose dual may end the rise.
 template <class T>
 struct ColumnGraph {
+  using Four = FourCosts<T>;
   const Costs<T>& costs;
   const State& s;
   T* copies;
@@ -122,19 +142,19 @@ struct ColumnGraph {
   __device__ double dual(int node) const { return s.u[node]; }
   __device__ double relief(int node) const { return -s.v[s.column_of[node]]; }
   __device__ double cost(int column, int node) const { return costs.at(node, column); }
-  __device__ void read(int column, int g, T (&x)[4]) const {
+  __device__ void read(int column, int g, Four& four) const {
     const Column<T> entries(costs, s, copies, column);
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (node(g, k) < costs.n) x[k] = entries.from[node(g, k) * entries.stride];
+      if (node(g, k) < costs.n) four.x[k] = entries.from[node(g, k) * entries.stride];
   }
   // What has been read, once all of a step has been: a load waits for the stores before it.
-  __device__ void keep(int column, int g, const T (&x)[4]) const {
+  __device__ void keep(int column, int g, const Four& four) const {
     const Column<T> entries(costs, s, copies, column);
     if (entries.to == nullptr) return;
 #pragma unroll
     for (int k = 0; k < 4; ++k)
-      if (node(g, k) < costs.n) entries.to[node(g, k)] = x[k];
+      if (node(g, k) < costs.n) entries.to[node(g, k)] = four.x[k];
     if (g == 0) remember(column);
   }
   // Columns that this search has kept: their number, then as many of them as fit.
@@ -142,6 +162,24 @@ struct ColumnGraph {
     if (threadIdx.x == 0 && s.target[0] + 1 < costs.n) s.target[++s.target[0]] = column;
   }
   __device__ bool leads_nowhere(int, double, int, double) const { return false; }
+};
+
+// The same, read from the columns' levels: four rows lie together.
+template <class T>
+struct LevelGraph : ColumnGraph<T> {
+  using Four = FourLevels<T>;
+  Levels<T> levels;
+
+  __device__ static int node(int g, int k) {
+    return 4 * static_cast<int>(g * blockDim.x + threadIdx.x) + k;
+  }
+  __device__ static bool owns(int node, int& g, int& k) { return owns_fours(node, g, k); }
+  __device__ void read(int column, int g, Four& four) const {
+    if (node(g, 0) >= this->costs.n) return;
+    four.word = *reinterpret_cast<const unsigned*>(levels.column(column) + node(g, 0));
+    four.low = levels.low[column], four.step = levels.step[column];
+  }
+  __device__ void keep(int, int, const Four&) const {}
 };
 
 }  // namespace croc::gpu

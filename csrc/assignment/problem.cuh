@@ -41,6 +41,7 @@ struct Scalars {
   int status;
   int low_exponent;    // every finite cost is a multiple of 2^low_exponent
   int high_exponent;   // and smaller than 2^(high_exponent + 1)
+  int with_levels;     // 1 if the columns' levels are there, see levels.cuh
   int from_means;      // the start of the column duals: 1 column means, 0 zero
   double spread;       // local scale: distance from a row's least reduced cost to about its ninth,
                        // median row
@@ -64,15 +65,16 @@ struct Arguments {
   int32_t* status;      // (batch,)
   unsigned char* workspace;
   int64_t workspace_stride;  // bytes per problem
+  int many_rows;             // problems with as many rows begin with an auction, see searches.cuh
   int64_t state_bytes;       // of it, for the sequential phases if shared memory is too small
 
   __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }
   __host__ __device__ int max_m() const { return rows < columns ? columns : rows; }
-  // Columns of a problem that can be copied: a quarter.
+  // Columns of a problem that can be copied: a quarter. With many rows there are levels instead.
   __host__ __device__ int slots() const {
-    constexpr int kMostRows = 1024, kMostSlots = 8192;
+    constexpr int kMostSlots = 8192;
     const int quarter = max_m() / 4;
-    return max_n() >= kMostRows ? 0 : quarter < kMostSlots ? quarter : kMostSlots;
+    return max_n() >= many_rows ? 0 : quarter < kMostSlots ? quarter : kMostSlots;
   }
 };
 
@@ -82,6 +84,8 @@ __host__ __device__ inline int padded(int m) { return (m + 3) / 4 * 4; }
 constexpr int kMostThreads = 1024;  // of a block
 constexpr int kListed = 4;          // candidates per lane of the warp that reads a row
 constexpr int kListColumns = 1024;  // with fewer columns a list is no shorter than its row
+constexpr int kManyRows = 1024;     // from here on bidding takes most of the time
+constexpr int kLevelRows = 16;      // whose levels are written at once
 
 // Hands out consecutive arrays of a memory block, or, with a null base, only counts the bytes.
 struct Carver {
@@ -99,13 +103,14 @@ struct Carver {
 // State of the sequential phases: in shared memory, or in the workspace if it does not fit.
 struct State {
   double* v;       // (padded m) column duals, 0 beyond the last column
-  double* u;       // (n) row duals
+  double* u;       // (padded n) row duals
   int* row_of;     // (m) matched row of a column, or -1
   int* column_of;  // (n) matched column of a row, or -1
   int* twin;       // (n) the first row with the same costs
   int* list;       // (n) rows or columns at work
-  double* bid;     // (n) the bid of each in the list
+  double* bid;     // (n) the bid of each in the list, in a cluster two rounds' in turn
   int* target;     // (n) and what it is for
+  int page;        // from one round's bids to the next's
   int* path;       // (m) searches: predecessor on a shortest path; bidding: the row that wins a
                    // column, kNobody between rounds
   double* reach;   // (m) searches: distances from the sources
@@ -115,17 +120,18 @@ struct State {
   void* limit;     // of nodes, see graphs.cuh, in the costs' type or a wider one,
   float* key;      // and their keys: only without groups, else in registers
 
-  // `groups` as in Plan.
-  __host__ __device__ int64_t carve(unsigned char* base, int n, int m, int groups) {
+  // `groups` and `blocks` as in Plan.
+  __host__ __device__ int64_t carve(unsigned char* base, int n, int m, int groups, int blocks) {
     Carver carver{base};
     v = carver.take<double>(padded(m));
-    u = carver.take<double>(n);
+    u = carver.take<double>(padded(n));
     row_of = carver.take<int>(m);
     column_of = carver.take<int>(n);
     twin = carver.take<int>(n);
     list = carver.take<int>(n);
-    bid = carver.take<double>(n);
-    target = carver.take<int>(n);
+    page = blocks > 1 ? n : 0;
+    bid = carver.take<double>(n + page);
+    target = carver.take<int>(n + page);
     path = carver.take<int>(m);
     reach = carver.take<double>(m);
     best = reinterpret_cast<uint64_t*>(reach);
@@ -135,6 +141,12 @@ struct State {
     limit = carver.take<double>(nodes);
     key = carver.take<float>(nodes);
     return carver.used;
+  }
+
+  // A block of a cluster may write the next round's bids while another still reads this one's.
+  __device__ void turn_page() {
+    bid += page, target += page;
+    page = -page;
   }
 };
 
@@ -146,23 +158,41 @@ struct Lists {
   float* bound;  // (n, kWarp)
 };
 
+// Columns at 8 bits per cost, see levels.cuh.
+template <class T>
+struct Levels {
+  unsigned char* level;  // (m, pitch), or null: columns are read from the costs
+  T* low;                // (m)
+  T* step;               // (m)
+  int pitch;             // n, padded
+
+  __device__ unsigned char* column(int j) const { return level + static_cast<int64_t>(j) * pitch; }
+};
+
+__host__ __device__ inline int level_pitch(int n) {
+  return (n + kLevelRows - 1) / kLevelRows * kLevelRows;
+}
+
 struct Workspace {
   Scalars* scalars;
-  double* v;           // (padded m) column duals, 0 beyond the last column
-  double* u;           // (n) row duals; row minima
-  void* potential;     // (padded m) column means, then Sinkhorn potentials, in the costs' type
-  double* row_value;   // (n) gain of the start in a sampled row; Sinkhorn potentials; slacks
-  float* row_spread;   // (n) distance from the least to about the ninth reduced cost, under the
-                       // duals from the means
-  float* cost_spread;  // (n) the same under zero duals
-  int* row_of;         // (m)
-  int* column_of;      // (n); first the column of each row's least reduced cost
-  unsigned* row_hash;  // (n)
-  int* twin;           // (n) the first row with the same costs
-  void* list_cost;     // (n, kWarp, kListed) candidates, from kListColumns on
-  int* list_column;    // the same
-  float* list_bound;   // (n, kWarp)
-  void* copies;        // (slots, n) columns
+  double* v;             // (padded m) column duals, 0 beyond the last column
+  double* u;             // (n) row duals; row minima
+  void* potential;       // (padded m) column means, then Sinkhorn potentials, in the costs' type
+  double* row_value;     // (n) gain of the start in a sampled row; Sinkhorn potentials; slacks
+  float* row_spread;     // (n) distance from the least to about the ninth reduced cost, under the
+                         // duals from the means
+  float* cost_spread;    // (n) the same under zero duals
+  int* row_of;           // (m)
+  int* column_of;        // (n); first the column of each row's least reduced cost
+  unsigned* row_hash;    // (n)
+  int* twin;             // (n) the first row with the same costs
+  void* list_cost;       // (n, kWarp, kListed) candidates, from kListColumns on
+  int* list_column;      // the same
+  float* list_bound;     // (n, kWarp)
+  unsigned char* level;  // (m, level_pitch) columns at 8 bits per cost
+  void* level_low;       // (m)
+  void* level_step;      // (m)
+  void* copies;          // (slots, n) columns
   unsigned char* state;
 
   __host__ __device__ int64_t carve(unsigned char* base, const Arguments& a) {
@@ -183,6 +213,10 @@ struct Workspace {
     list_cost = carver.take<unsigned char>(candidates * a.cost_bytes);
     list_column = carver.take<int>(candidates);
     list_bound = carver.take<float>(candidates / kListed);
+    const int64_t levelled = n < a.many_rows ? 0 : m;
+    level = carver.take<unsigned char>(levelled * level_pitch(a.max_n()));
+    level_low = carver.take<unsigned char>(levelled * a.cost_bytes);
+    level_step = carver.take<unsigned char>(levelled * a.cost_bytes);
     copies = carver.take<unsigned char>(int64_t{a.slots()} * n * a.cost_bytes);
     state = carver.take<unsigned char>(a.state_bytes);
     return carver.used;
@@ -257,6 +291,7 @@ struct Problem {
   int n, m;
   int used_rows;  // of the caller's matrix
   bool swapped;   // the solver's rows are the caller's columns
+  bool many;      // rows
   double unit;    // a power of two: the solver sees the costs divided by it
   int slots;      // for copies of columns
 
@@ -273,6 +308,7 @@ struct Problem {
     swapped = used_rows > a.columns;
     n = swapped ? a.columns : used_rows;
     m = swapped ? used_rows : a.columns;
+    many = n >= a.many_rows;
     const T* base = static_cast<const T*>(a.cost) + b * a.rows * a.columns;
     const int64_t across = a.columns;
     work.carve(a.workspace + b * a.workspace_stride, a);
@@ -295,6 +331,14 @@ struct Problem {
   __device__ Lists<T> lists() const {
     return {static_cast<T*>(work.list_cost), work.list_column,
             listed() ? work.list_bound : nullptr};
+  }
+  // `with`: whether they have been made.
+  __device__ Levels<T> levels(const Arguments& a, bool with) const {
+    return {with ? work.level : nullptr, static_cast<T*>(work.level_low),
+            static_cast<T*>(work.level_step), level_pitch(a.max_n())};
+  }
+  __device__ Levels<T> levels(const Arguments& a) const {
+    return levels(a, work.scalars->with_levels != 0);
   }
   __device__ T* copies() const { return static_cast<T*>(work.copies); }
   __device__ bool failed() const { return work.scalars->status != kOk; }

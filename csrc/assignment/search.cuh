@@ -45,13 +45,13 @@ struct Front {
   double distance[kAtOnce];
 };
 
-// The nodes of four whose costs are x that a path through the node just read may bring nearer.
-template <class T, class Nodes>
-__device__ unsigned promising(const Nodes& nodes, int g, T sign, T base, const T (&x)[4]) {
+// The nodes of four that a path through the node just read may bring nearer.
+template <class T, class Nodes, class Four>
+__device__ unsigned promising(const Nodes& nodes, int g, T sign, T base, const Four& four) {
   unsigned found = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k)
-    if (sum_down(sign, x[k], base) <= nodes.limit(g, k)) found |= 1u << k;
+    if (four.sum(sign, k, base) <= nodes.limit(g, k)) found |= 1u << k;
   return found;
 }
 
@@ -131,36 +131,36 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
   if constexpr (kGroups == 0) {
     const T base = base_of(0);
     for (int g = 0; g < nodes.groups(); ++g) {
-      T x[4] = {0, 0, 0, 0};
-      graph.read(front.from[0], g, x);
-      graph.keep(front.from[0], g, x);
-      for (unsigned rest = promising(nodes, g, sign, base, x); rest != 0; rest &= rest - 1)
+      typename Graph::Four four;
+      graph.read(front.from[0], g, four);
+      graph.keep(front.from[0], g, four);
+      for (unsigned rest = promising(nodes, g, sign, base, four); rest != 0; rest &= rest - 1)
         lowest = lesser(lowest, reach(graph, nodes, g, __ffs(static_cast<int>(rest)) - 1,
                                       front.from[0], front.distance[0], lowest));
     }
     return lowest;
   } else {
-    T x[kAtOnce][kGroups][4] = {};
+    typename Graph::Four fours[kAtOnce][kGroups];
 #pragma unroll
     for (int w = 0; w < kAtOnce; ++w) {
       if (w >= front.count) break;
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) graph.read(front.from[w], g, x[w][g]);
+      for (int g = 0; g < kGroups; ++g) graph.read(front.from[w], g, fours[w][g]);
     }
 #pragma unroll
     for (int w = 0; w < kAtOnce; ++w) {
       if (w >= front.count) break;
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) graph.keep(front.from[w], g, x[w][g]);
+      for (int g = 0; g < kGroups; ++g) graph.keep(front.from[w], g, fours[w][g]);
     }
-    unsigned rest = 0;  // a bit per place of x: few, or all of them
+    unsigned rest = 0;  // a bit per cost: few, or all of them
 #pragma unroll
     for (int w = 0; w < kAtOnce; ++w) {
       if (w >= front.count) break;
       const T base = base_of(w);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
-        rest |= promising(nodes, g, sign, base, x[w][g]) << (4 * (w * kGroups + g));
+        rest |= promising(nodes, g, sign, base, fours[w][g]) << (4 * (w * kGroups + g));
     }
     for (; rest != 0; rest &= rest - 1) {
       const int place = __ffs(static_cast<int>(rest)) - 1, w = place / (4 * kGroups);
@@ -201,8 +201,8 @@ __device__ void tighten(const Graph& graph, Nodes& nodes, double bound) {
     for (int k = 0; k < 4; ++k) {
       const int node = graph.node(g, k);
       if (node < graph.count())
-        nodes.set_limit(
-            g, k, lesser(static_cast<double>(nodes.limit(g, k)), bound + graph.dual(node)));
+        nodes.set_limit(g, k,
+                        lesser(static_cast<double>(nodes.limit(g, k)), bound + graph.dual(node)));
     }
   }
 }
@@ -299,10 +299,9 @@ __device__ void augment(const Costs<T>& costs, const State& s, int source, PathE
 
 // From a column that is unmatched with a negative dual, until no column closer to zero can be
 // found.
-template <class T, int kGroups>
-__device__ Release shortest_release(const Costs<T>& costs, const State& s, T* copies,
-                                    const int* source) {
-  const ColumnGraph<T> graph{costs, s, copies};
+template <class T, int kGroups, class Graph>
+__device__ Release shortest_release(const Graph& graph, const int* source) {
+  const State& s = graph.s;
   const Found found = search<T, kGroups>(graph, source, 1, -s.v[*source]);
   const int column = found.node < 0 ? *source : s.column_of[found.node];
   return {column, found.bound, found.reads, found.steps};

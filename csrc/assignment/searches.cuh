@@ -1,8 +1,9 @@
-// The kernel that matches a problem, given the start: bids, and forests where they stall; the
-// auction where that is not enough; bids by columns that have a price but no row; shortest paths
-// for the rows that are still free; then the reverse pass. After the paths every row is matched,
-// but a column that nobody took may still have a negative dual: it was priced for a demand that did
-// not come. Each such column is raised to zero, or takes a row.
+// The kernel that matches a problem, given the start: with many rows bids and an auction by all
+// blocks of a cluster; then, by the first of them, bids, and forests where they stall; the auction
+// where that is not enough; bids by columns that have a price but no row; shortest paths for the
+// rows that are still free; then the reverse pass. After the paths every row is matched, but a
+// column that nobody took may still have a negative dual: it was priced for a demand that did not
+// come. Each such column is raised to zero, or takes a row.
 #pragma once
 
 #include "forest.cuh"
@@ -10,15 +11,17 @@
 namespace croc::gpu {
 
 constexpr int kPathThreads = 512;
-constexpr int kEnoughFree = 8;    // one row less costs bidding more than a path of its own
-constexpr int kBidRounds = 80;    // at most, before the first forest
-constexpr int kAfterForest = 40;  // and after one
-constexpr int kForestLeast = 16;  // rows: fewer are cheaper on paths of their own
-constexpr int kForestGain = 16;   // a forest helps if a 16th of the free rows find a place
-constexpr int kForestMisses = 2;  // in a row that end them
-constexpr int kAuctionShare = 3;  // the auction is for more than n / 3 free rows
-constexpr int kAuctionLeast = 32;  // and more than this many
-constexpr int kRaiseLimit = 8;    // rounds by columns before the paths
+constexpr int kEnoughFree = 8;       // one row less costs bidding more than a path of its own
+constexpr int kBidRounds = 80;       // at most, before the first forest
+constexpr int kAfterForest = 40;     // and after one
+constexpr int kForestLeast = 16;     // rows: fewer are cheaper on paths of their own
+constexpr int kForestGain = 16;      // a forest helps if a 16th of the free rows find a place
+constexpr int kForestMisses = 2;     // in a row that end them
+constexpr int kAuctionShare = 3;     // the auction is for more than n / 3 free rows
+constexpr int kAuctionLeast = 32;    // and more than this many
+constexpr int kRaiseLimit = 8;       // rounds by columns before the paths
+constexpr int kTogetherRounds = 40;  // with many rows, before
+constexpr int kTogetherFree = 160;   // more free rows than this are auctioned
 
 // A block's problem and its state, for each phase anew: a phase is a function that is not inlined,
 // and so has the registers to itself.
@@ -29,15 +32,15 @@ struct Work {
 
   __device__ explicit Work(const Arguments& a) : p(a) {
     CROC_DYNAMIC_SHARED(shared);
-    s.carve(kShared ? shared : p.work.state, a.max_n(), a.max_m(), kGroups);
+    s.carve(kShared ? shared : p.work.state, a.max_n(), a.max_m(), kGroups, Team::all().size);
   }
 };
 
 // Bids without an epsilon; returns the number of rows left free, listed in s.list.
 template <class T, int kGroups, bool kShared>
 __device__ CROC_NOINLINE int bid_free(Arguments a, int* left) {
-  const Work<T, kGroups, kShared> work(a);
-  return bid(work.p, work.s, 0.0, *left, kEnoughFree, kForestLeast);
+  Work<T, kGroups, kShared> work(a);
+  return bid(work.p, work.s, Team::alone(), 0.0, *left, kEnoughFree, kForestLeast);
 }
 
 // A forest from all free rows; false if it reaches no unmatched column.
@@ -60,8 +63,29 @@ __device__ CROC_NOINLINE bool grow_forest(Arguments a, int num_free) {
 
 template <class T, int kGroups, bool kShared>
 __device__ CROC_NOINLINE void run_auction(Arguments a) {
-  const Work<T, kGroups, kShared> work(a);
-  auction(work.p, work.s);
+  Work<T, kGroups, kShared> work(a);
+  auction(work.p, work.p.levels(a), work.s, Team::alone());
+}
+
+// Bids, and an auction if that leaves too many rows free, by all blocks of a cluster. Searches for
+// so many rows would take far longer.
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE void bid_together(Arguments a) {
+  Work<T, kGroups, kShared> work(a);
+  const Problem<T>& p = work.p;
+  const Team team = Team::all();
+  team.wait();  // all have begun: from here on their shared memory may be written
+  int left = kTogetherRounds;
+  const int num_free = bid(p, work.s, team, 0.0, left, kEnoughFree, p.n);
+  if (num_free <= min(kTogetherFree, p.n / kAuctionShare)) return;
+  // A problem read through swapped strides has its columns in whole lines already.
+  const Levels<T> levels = p.levels(a, !p.swapped);
+  if (!p.swapped) {
+    make_levels(p.costs, levels, team);
+    if (team.rank == 0 && threadIdx.x == 0) p.scalars().with_levels = 1;
+    team.wait();
+  }
+  auction(p, levels, work.s, team);
 }
 
 // Rounds of bids by the priced columns, while a few rows are still free: many find one, or need no
@@ -79,7 +103,7 @@ __device__ CROC_NOINLINE int raise_columns(Arguments a) {
     if (priced == 0) break;
     count(p.scalars(), kRaiseRounds, 1);
     count(p.scalars(), kRaiseBids, priced);
-    bid_columns_once(p, s, priced, 0.0);
+    bid_columns_once(p, p.levels(a), s, priced, 0.0);
   }
   return block_collect(p.n, s.list, p.n, [&](int row) { return s.column_of[row] < 0; });
 }
@@ -102,12 +126,20 @@ __device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
   return true;
 }
 
-// What remains of the reverse pass, one shortest path each.
-template <class T, int kGroups, bool kShared>
+// What remains of the reverse pass, one shortest path each. `kLevels`: the columns' levels are
+// there.
+template <class T, int kGroups, bool kShared, bool kLevels>
 __device__ CROC_NOINLINE void release_columns(Arguments a) {
   const Work<T, kGroups, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
+  const std::conditional_t<kLevels, LevelGraph<T>, ColumnGraph<T>> graph = [&] {
+    const ColumnGraph<T> plain{p.costs, s, p.copies()};
+    if constexpr (kLevels)
+      return LevelGraph<T>{plain, p.levels(a)};
+    else
+      return plain;
+  }();
   for (int j = threadIdx.x; j < p.m; j += blockDim.x)
     if (s.row_of[j] >= 0 || s.v[j] < 0.0) take_slot(s, j, p.slots);
   if (threadIdx.x == 0) s.target[0] = 0;
@@ -116,7 +148,7 @@ __device__ CROC_NOINLINE void release_columns(Arguments a) {
     count(p.scalars(), kReleased, priced);
     for (int k = 0; k < priced; ++k) {
       const int source = s.list[k];
-      const Release end = shortest_release<T, kGroups>(p.costs, s, p.copies(), s.list + k);
+      const Release end = shortest_release<T, kGroups>(graph, s.list + k);
       count(p.scalars(), kColumnScans, end.reads);
       count(p.scalars(), kColumnSteps, end.steps);
       release(p.costs, s, source, end);
@@ -131,7 +163,7 @@ __device__ void timed(const Arguments& a, Counter which, Phase phase) {
   phase();
   Workspace work;
   work.carve(a.workspace + blockIdx.x * a.workspace_stride, a);
-  count(*work.scalars, which, static_cast<int>(clock64() - start));
+  if (Team::all().rank == 0) count(*work.scalars, which, static_cast<int>(clock64() - start));
 }
 
 // Bids, and a forest whenever they stall, while that helps; returns the number of rows left free.
@@ -156,25 +188,30 @@ __device__ int bid_and_grow(const Arguments& a) {
 
 // What match_rows decides by.
 struct Outline {
-  int n;  // 0: there is nothing to match
-  bool vectors;
+  int n = 0;  // 0: there is nothing to match, or not by this block
+  bool many, vectors;
 };
 
 template <class T, int kGroups, bool kShared>
 __device__ Outline begin(const Arguments& a) {
   const Work<T, kGroups, kShared> work(a);
-  if (work.p.failed() || work.p.n == 0) return {0, false};
+  if (work.p.n == 0 || (Team::all().rank != 0 && !work.p.many)) return {};
+  if (work.p.failed()) return {};
   load_state(work.p, work.s);
   match_nearest(work.s, work.p.n, work.p.m);
   clear_slots(work.s, work.p.m);
-  return {work.p.n, work.p.costs.vectors};
+  return {work.p.n, work.p.many, work.p.costs.vectors};
 }
 
-// Grid (batch).
+// Grid (batch, blocks of a cluster).
 template <class T, int kGroups, bool kShared>
 __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
   const Outline outline = begin<T, kGroups, kShared>(a);
   if (outline.n == 0) return;
+  if (outline.many) {
+    timed(a, kAuctionTime, [&] { bid_together<T, kGroups, kShared>(a); });
+    if (Team::all().rank != 0) return;
+  }
   int num_free = bid_and_grow<T, kGroups, kShared>(a);
   if (num_free > kAuctionLeast && num_free > outline.n / kAuctionShare) {
     timed(a, kAuctionTime, [&] { run_auction<T, kGroups, kShared>(a); });
@@ -186,7 +223,13 @@ __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
     matched = outline.vectors ? match_listed<T, kGroups, kShared, true>(a, num_free)
                               : match_listed<T, kGroups, kShared, false>(a, num_free);
   });
-  if (matched) timed(a, kReleaseTime, [&] { release_columns<T, kGroups, kShared>(a); });
+  if (matched)
+    timed(a, kReleaseTime, [&] {
+      if (outline.many && Problem<T>(a).scalars().with_levels)
+        release_columns<T, kGroups, kShared, true>(a);
+      else
+        release_columns<T, kGroups, kShared, false>(a);
+    });
   const Work<T, kGroups, kShared> work(a);
   if (matched)
     store_state(work.p, work.s);

@@ -3,8 +3,10 @@
 //
 //   struct Launcher {
 //     void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared, const
-//     Arguments&) const;
+//     Arguments&, int cluster = 1) const;
 //   };
+//
+// With `cluster` > 1 the grid's y axis is one cluster of as many blocks.
 //
 // No launch depends on data, so the sequence can be captured in a graph; kernels with nothing to do
 // return at once.
@@ -29,26 +31,38 @@ inline int threads_for(int wanted, int most) {
 struct Plan {
   int64_t shared;  // bytes of shared memory for their state; 0: it is in the workspace
   int threads;
-  int groups;  // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
+  int groups;     // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
+  int blocks;     // that bid for one problem, a cluster
+  int many_rows;  // as in Arguments
 };
 
 // Most bytes of shared memory that a kernel declares itself: the slots of searches and reductions.
 constexpr int kStaticShared = 6 * 1024;
 
-inline Plan make_plan(int max_n, int max_m, int shared_limit) {
+constexpr int kBlocksAtOnce = 128;  // of clusters, on an H100: 16 of 8, 32 of 4
+
+// `most_blocks` that a cluster may have; 1: the device knows none. No result depends on how many.
+inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int most_blocks,
+                      int many_rows = kManyRows) {
   State s;
   Plan plan{};
+  plan.many_rows = many_rows;
+  plan.blocks = max_n < many_rows ? 1 : most_blocks;
+  while (plan.blocks > 1 && int64_t{plan.blocks} * batch > kBlocksAtOnce) plan.blocks /= 2;
   plan.groups = max_m <= 4 * kPathThreads ? 1 : max_m <= 16 * kPathThreads ? 4 : 0;
   plan.threads = threads_for(ceil_div(max_m, 4), kPathThreads);
-  plan.shared = s.carve(nullptr, max_n, max_m, plan.groups);
-  if (plan.groups == 0 || plan.shared > shared_limit - kStaticShared) plan.shared = 0;
-  return plan;
+  plan.shared = s.carve(nullptr, max_n, max_m, plan.groups, plan.blocks);
+  if (plan.groups > 0 && plan.shared <= shared_limit - kStaticShared) return plan;
+  plan.shared = 0;
+  // What the blocks of a cluster tell each other is in their shared memory, and takes more of it.
+  return plan.blocks > 1 ? make_plan(batch, max_n, max_m, shared_limit, 1, many_rows) : plan;
 }
 
 // Sets the layout of the workspace; returns its bytes for the whole batch.
 inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
   State s;
-  a.state_bytes = plan.shared > 0 ? 0 : s.carve(nullptr, a.max_n(), a.max_m(), plan.groups);
+  a.many_rows = plan.many_rows;
+  a.state_bytes = plan.shared > 0 ? 0 : s.carve(nullptr, a.max_n(), a.max_m(), plan.groups, 1);
   Workspace w;
   a.workspace_stride = w.carve(nullptr, a);
   return a.workspace_stride * a.batch;
@@ -86,7 +100,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(start_from_sinkhorn<T>, problems, problem_threads, 0, a);
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
-    launch(matching_kernel<T>(plan), problems, plan.threads, plan.shared, a);
+    launch(matching_kernel<T>(plan), dim3(a.batch, plan.blocks), plan.threads, plan.shared, a,
+           plan.blocks);
     launch(measure_slack<T>, rows, kRowThreads, 0, a);
   }
   launch(write_results<T>, problems, kRowThreads, 0, a);

@@ -5,9 +5,12 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -30,9 +33,10 @@ namespace {
 
 constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
+constexpr int kMostBlocks = 8;
 constexpr size_t kStackBytes = 64 * 1024;
 
-enum class Wait { kReady, kWarp, kBlock, kDone };
+enum class Wait { kReady, kWarp, kBlock, kCluster, kDone };
 
 struct Fiber {
   ucontext_t context;
@@ -53,7 +57,7 @@ struct Group {  // a warp or the block, at most one operation at a time
   int turn = 0;
 };
 
-struct Machine {
+struct Machine {  // a block
   std::unique_ptr<Fiber[]> fibers{new Fiber[kMaxThreads]};
   unsigned char* stacks = nullptr;
   std::vector<Group> warps;
@@ -62,49 +66,71 @@ struct Machine {
   jmp_buf scheduler;
   ucontext_t home;
   void* home_thread = nullptr;
-  int order[3];  // addresses for ThreadSanitizer: two for barriers in turn, one between blocks
+  int order[2];  // addresses for ThreadSanitizer, for barriers in turn
   int barriers = 0;
-  int threads = 0, running = -1, done = 0;
+  int running = -1, done = 0;
+  enum { kWaiting, kRunning, kEnded } state = kWaiting;
+};
+
+struct Launch {
+  std::function<void()> body;
+  int threads = 0;
+  int64_t words = 0;  // of dynamic shared memory
   bool shuffled = false;
   uint64_t random = 1;
   char error[256] = "";
-  std::function<void()> body;
-} machine;
+  int between_blocks;  // an address for ThreadSanitizer
+} current;
+
+// The blocks that run together, one at a time.
+struct Together {
+  Machine blocks[kMostBlocks];
+  int size = 1;
+  int next = 0;  // whose turn it is
+  int idle = 0;  // turns in which nobody could go on
+  std::mutex lock;
+  std::condition_variable turn;
+  int arrived = 0, site = 0;  // at the cluster's barrier
+  int order[2];               // addresses for ThreadSanitizer
+  int barriers = 0;
+} together;
+
+thread_local Machine* machine = &together.blocks[0];
 
 uint64_t next_random() {
-  machine.random ^= machine.random << 13;
-  machine.random ^= machine.random >> 7;
-  machine.random ^= machine.random << 17;
-  return machine.random;
+  current.random ^= current.random << 13;
+  current.random ^= current.random >> 7;
+  current.random ^= current.random << 17;
+  return current.random;
 }
 
 #ifdef CROC_RACECHECK
 constexpr unsigned kWithoutOrder = 1;
 
-void release(int which) { __tsan_release(&machine.order[which]); }
-void acquire(int which) { __tsan_acquire(&machine.order[which]); }
+void release(int& address) { __tsan_release(&address); }
+void acquire(int& address) { __tsan_acquire(&address); }
 
 // longjmp and ThreadSanitizer do not mix.
 void leave_fiber() {
-  Fiber& fiber = machine.fibers[machine.running];
-  __tsan_switch_to_fiber(machine.home_thread, kWithoutOrder);
-  swapcontext(&fiber.context, &machine.home);
+  Fiber& fiber = machine->fibers[machine->running];
+  __tsan_switch_to_fiber(machine->home_thread, kWithoutOrder);
+  swapcontext(&fiber.context, &machine->home);
 }
 void enter_fiber(Fiber& fiber) {
   if (fiber.thread == nullptr) fiber.thread = __tsan_create_fiber(0);
-  machine.home_thread = __tsan_get_current_fiber();
+  machine->home_thread = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(fiber.thread, kWithoutOrder);
-  swapcontext(&machine.home, &fiber.context);
+  swapcontext(&machine->home, &fiber.context);
 }
 #else
-void release(int) {}
-void acquire(int) {}
+void release(int&) {}
+void acquire(int&) {}
 
 void leave_fiber() {
-  if (_setjmp(machine.fibers[machine.running].resume) == 0) _longjmp(machine.scheduler, 1);
+  if (_setjmp(machine->fibers[machine->running].resume) == 0) _longjmp(machine->scheduler, 1);
 }
 void enter_fiber(Fiber& fiber) {
-  if (_setjmp(machine.scheduler) != 0) return;
+  if (_setjmp(machine->scheduler) != 0) return;
   if (fiber.started) _longjmp(fiber.resume, 1);
   fiber.started = true;
   setcontext(&fiber.context);
@@ -112,15 +138,15 @@ void enter_fiber(Fiber& fiber) {
 #endif
 
 void pause(Wait wait) {
-  machine.fibers[machine.running].wait = wait;
+  machine->fibers[machine->running].wait = wait;
   leave_fiber();
 }
 
 [[noreturn]] void fail(const char* what, int site, int other) {
-  if (machine.error[0] == 0)
-    std::snprintf(machine.error, sizeof machine.error,
+  if (current.error[0] == 0)
+    std::snprintf(current.error, sizeof current.error,
                   "%s (lines %d and %d, block %u %u, thread %d)", what, site, other, blockIdx.x,
-                  blockIdx.y, machine.running);
+                  blockIdx.y, machine->running);
   leave_fiber();
   std::abort();  // a fiber that failed is not resumed
 }
@@ -159,88 +185,154 @@ uint64_t join(Group& group, Op op, uint64_t value, int site, int first, int coun
   } else if (group.op != op || group.site != site) {
     fail("divergent threads wait for each other", site, group.site);
   }
-  const int me = machine.running;
+  const int me = machine->running;
   group.total = combine(op, group.total, value, me - first);
   if (++group.arrived < count) {
     pause(wait);
-    return machine.fibers[me].result;
+    return machine->fibers[me].result;
   }
   group.arrived = 0;
   for (int t = first; t < first + count; ++t) {
-    machine.fibers[t].result = group.total;
-    machine.fibers[t].wait = Wait::kReady;
+    machine->fibers[t].result = group.total;
+    machine->fibers[t].wait = Wait::kReady;
   }
   return group.total;
 }
 
 void fiber_main() {
-  acquire(2);
-  machine.body();
-  release(2);
-  machine.fibers[machine.running].wait = Wait::kDone;
-  ++machine.done;
+  acquire(current.between_blocks);
+  current.body();
+  release(current.between_blocks);
+  machine->fibers[machine->running].wait = Wait::kDone;
+  ++machine->done;
   leave_fiber();
 }
 
 void run_fiber(int thread) {
-  machine.running = thread;
+  machine->running = thread;
   threadIdx = dim3(thread);
-  enter_fiber(machine.fibers[thread]);
+  enter_fiber(machine->fibers[thread]);
 }
 
 void prepare_fiber(int thread) {
-  Fiber& fiber = machine.fibers[thread];
+  Fiber& fiber = machine->fibers[thread];
   fiber.started = false;
   fiber.wait = Wait::kReady;
   getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = machine.stacks + thread * kStackBytes;
+  fiber.context.uc_stack.ss_sp = machine->stacks + thread * kStackBytes;
   fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = &machine.home;
+  fiber.context.uc_link = &machine->home;
   makecontext(&fiber.context, fiber_main, 0);
 }
 
 // Runs the ready lanes of a warp once; returns whether there were any.
 bool run_warp(int warp) {
   bool progress = false;
-  const int flip = machine.shuffled ? static_cast<int>(next_random() % kLanes) : 0;
-  for (int k = 0; k < kLanes && machine.error[0] == 0; ++k) {
+  const int flip = current.shuffled ? static_cast<int>(next_random() % kLanes) : 0;
+  for (int k = 0; k < kLanes && current.error[0] == 0; ++k) {
     const int thread = warp * kLanes + (k ^ flip);
-    if (machine.fibers[thread].wait != Wait::kReady) continue;
+    if (machine->fibers[thread].wait != Wait::kReady) continue;
     run_fiber(thread);
     progress = true;
   }
   return progress;
 }
 
-bool run_block() {
-  const int warps = machine.threads / kLanes;
-  machine.block = Group{};
-  machine.warps.assign(warps, Group{});
-  machine.done = 0;
-  for (int t = 0; t < machine.threads; ++t) prepare_fiber(t);
-  std::vector<int> order(warps);
-  for (int w = 0; w < warps; ++w) order[w] = w;
-  while (machine.done < machine.threads) {
-    if (machine.shuffled)
-      for (int w = warps - 1; w > 0; --w) std::swap(order[w], order[next_random() % (w + 1)]);
-    bool progress = false;
-    for (int w : order) {
-      // Shuffled, a warp stops at a random point and others overtake it.
-      while (run_warp(w)) {
-        progress = true;
-        if (machine.shuffled && next_random() % 4 == 0) break;
-      }
-      if (machine.error[0] != 0) return false;
+void begin_block() {
+  constexpr uint64_t kPoison = 0x7ff4dead7ff4deadULL;  // a NaN, for whoever reads before writing
+  machine->block = Group{};
+  machine->warps.assign(current.threads / kLanes, Group{});
+  machine->done = 0;
+  machine->shared.assign(current.words + 32, kPoison);
+  for (int t = 0; t < current.threads; ++t) prepare_fiber(t);
+  machine->state = Machine::kRunning;
+  release(current.between_blocks);
+}
+
+void end_block() {
+  constexpr uint64_t kPoison = 0x7ff4dead7ff4deadULL;
+  machine->state = Machine::kEnded;
+  for (size_t w = current.words; w < machine->shared.size(); ++w)
+    if (machine->shared[w] != kPoison)
+      std::snprintf(current.error, sizeof current.error, "write beyond the block's shared memory");
+}
+
+// Every warp in turn; returns whether any could go on.
+bool run_warps(std::vector<int>& order) {
+  if (current.shuffled)
+    for (size_t w = order.size() - 1; w > 0; --w)
+      std::swap(order[w], order[next_random() % (w + 1)]);
+  bool progress = false;
+  for (int w : order) {
+    // Shuffled, a warp stops at a random point and others overtake it.
+    while (run_warp(w)) {
+      progress = true;
+      if (current.shuffled && next_random() % 4 == 0) break;
     }
-    if (!progress) {
-      const int site = machine.block.arrived > 0 ? machine.block.site : 0;
-      std::snprintf(machine.error, sizeof machine.error,
-                    "%d of %d threads wait at line %d for threads that ended or wait elsewhere",
-                    machine.block.arrived, machine.threads, site);
-      return false;
-    }
+    if (current.error[0] != 0) break;
   }
-  return true;
+  return progress;
+}
+
+void report_deadlock() {
+  if (machine->block.arrived == 0 && together.arrived > 0)
+    std::snprintf(current.error, sizeof current.error,
+                  "%d of %d blocks wait at line %d for blocks that ended or wait elsewhere",
+                  together.arrived, together.size, together.site);
+  else
+    std::snprintf(current.error, sizeof current.error,
+                  "%d of %d threads wait at line %d for threads that ended or wait elsewhere",
+                  machine->block.arrived, current.threads,
+                  machine->block.arrived > 0 ? machine->block.site : 0);
+}
+
+// Gives the turn to a block of the cluster that has not ended, `step` blocks on or later.
+void pass_turn(int step) {
+  const int me = static_cast<int>(machine - together.blocks);
+  for (int k = 0; k < together.size; ++k) {
+    together.next = (me + step + k) % together.size;
+    if (together.blocks[together.next].state != Machine::kEnded) break;
+  }
+  together.turn.notify_all();
+}
+
+void await_turn(std::unique_lock<std::mutex>& guard) {
+  const int me = static_cast<int>(machine - together.blocks);
+  together.turn.wait(guard, [me] { return together.next == me; });
+}
+
+void run_block() {
+  std::unique_lock<std::mutex> guard(together.lock);
+  await_turn(guard);
+  begin_block();
+  std::vector<int> order(machine->warps.size());
+  for (size_t w = 0; w < order.size(); ++w) order[w] = static_cast<int>(w);
+  while (machine->done < current.threads && current.error[0] == 0) {
+    const bool progress = run_warps(order);
+    together.idle = progress ? 0 : together.idle + 1;
+    if (together.idle > together.size && current.error[0] == 0) report_deadlock();
+    if (together.size == 1 || (progress && !(current.shuffled && next_random() % 4 == 0))) continue;
+    pass_turn(progress ? static_cast<int>(next_random() % together.size) : 1);
+    await_turn(guard);
+  }
+  end_block();
+  pass_turn(1);
+}
+
+// The blocks of a cluster, or one block.
+void run_together(unsigned x, unsigned y, int size, dim3 grid) {
+  together.size = size, together.idle = 0, together.arrived = 0;
+  together.next = current.shuffled ? static_cast<int>(next_random() % size) : 0;
+  for (int rank = 0; rank < size; ++rank) together.blocks[rank].state = Machine::kWaiting;
+  const auto run = [=](int rank) {
+    machine = &together.blocks[rank];
+    blockIdx = dim3(x, y + rank), blockDim = dim3(current.threads), gridDim = grid;
+    run_block();
+  };
+  if (size == 1) return run(0);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < size; ++rank) threads.emplace_back(run, rank);
+  for (std::thread& thread : threads) thread.join();
 }
 
 }  // namespace
@@ -248,22 +340,60 @@ bool run_block() {
 uint64_t block_wait(Op op, uint64_t value, int site) {
   // Two addresses in turn: who hurries on to the next barrier must not seem ordered before who is
   // still in this one.
-  const int turn = machine.barriers & 1;
-  release(turn);
-  if (machine.block.arrived + 1 == machine.threads) ++machine.barriers;
-  const uint64_t result = join(machine.block, op, value, site, 0, machine.threads, Wait::kBlock);
-  acquire(turn);
+  int& order = machine->order[machine->barriers & 1];
+  release(order);
+  if (machine->block.arrived + 1 == current.threads) ++machine->barriers;
+  const uint64_t result = join(machine->block, op, value, site, 0, current.threads, Wait::kBlock);
+  acquire(order);
   return result;
 }
 
+void cluster_wait(int site) {
+  int& order = together.order[together.barriers & 1];
+  release(order);
+  Group& block = machine->block;
+  if (block.arrived == 0)
+    block.op = Op::kClusterBarrier, block.site = site;
+  else if (block.op != Op::kClusterBarrier || block.site != site)
+    fail("divergent threads wait for each other", site, block.site);
+  if (++block.arrived == current.threads) {
+    block.arrived = 0;
+    if (together.arrived > 0 && together.site != site)
+      fail("divergent blocks wait for each other", site, together.site);
+    together.site = site;
+    if (++together.arrived == together.size) {
+      together.arrived = 0;
+      ++together.barriers;
+      for (int rank = 0; rank < together.size; ++rank)
+        for (int t = 0; t < current.threads; ++t)
+          together.blocks[rank].fibers[t].wait = Wait::kReady;
+      acquire(order);
+      return;
+    }
+  }
+  pause(Wait::kCluster);
+  acquire(order);
+}
+
+void* cluster_address(const void* address, unsigned rank) {
+  maybe_switch();
+  const ptrdiff_t offset = static_cast<const unsigned char*>(address) - dynamic_shared();
+  if (offset < 0 || offset >= 8 * current.words || rank >= static_cast<unsigned>(together.size))
+    fail("no address of the cluster's shared memory", 0, 0);
+  Machine& other = together.blocks[rank];
+  if (other.state != Machine::kRunning)
+    fail("the shared memory of a block that has not begun or has ended", 0, 0);
+  return reinterpret_cast<unsigned char*>(other.shared.data()) + offset;
+}
+
 uint64_t warp_reduce(Op op, uint64_t value, int site) {
-  const int warp = machine.running / kLanes;
-  return join(machine.warps[warp], op, value, site, warp * kLanes, kLanes, Wait::kWarp);
+  const int warp = machine->running / kLanes;
+  return join(machine->warps[warp], op, value, site, warp * kLanes, kLanes, Wait::kWarp);
 }
 
 uint64_t warp_shuffle(uint64_t value, int source, int site) {
-  const int warp = machine.running / kLanes, lane = machine.running % kLanes;
-  Group& group = machine.warps[warp];
+  const int warp = machine->running / kLanes, lane = machine->running % kLanes;
+  Group& group = machine->warps[warp];
   if (group.arrived == 0) group.turn ^= 1;
   const int turn = group.turn;
   group.values[turn][lane] = value;
@@ -276,7 +406,7 @@ void check_mask(unsigned mask) {
 }
 
 void maybe_switch() {
-  if (machine.shuffled && next_random() % 4 == 0) pause(Wait::kReady);
+  if (current.shuffled && next_random() % 4 == 0) pause(Wait::kReady);
 }
 
 int64_t clock() {
@@ -284,48 +414,45 @@ int64_t clock() {
   return ++now;
 }
 
-unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(machine.shared.data()); }
+unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(machine->shared.data()); }
 
 void start(uint64_t seed) {
-  machine.error[0] = 0;
-  machine.shuffled = seed != 0;
-  machine.random = seed * 0x9e3779b97f4a7c15ULL + 1;
+  current.error[0] = 0;
+  current.shuffled = seed != 0;
+  current.random = seed * 0x9e3779b97f4a7c15ULL + 1;
 }
 
-const char* error() { return machine.error[0] == 0 ? nullptr : machine.error; }
+const char* error() { return current.error[0] == 0 ? nullptr : current.error; }
 
-void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared) {
-  constexpr uint64_t kPoison = 0x7ff4dead7ff4deadULL;  // a NaN, for whoever reads before writing
-  if (machine.error[0] != 0) return;
+void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared, int cluster) {
+  if (current.error[0] != 0) return;
+  const bool whole =
+      cluster == 1 || (cluster <= kMostBlocks && static_cast<int>(grid.y) == cluster);
   if (threads % kLanes != 0 || threads < kLanes || threads > kMaxThreads || grid.x == 0 ||
-      grid.y == 0 || grid.y > 65535) {
-    std::snprintf(machine.error, sizeof machine.error, "bad launch: %d threads, grid %u x %u",
-                  threads, grid.x, grid.y);
+      grid.y == 0 || grid.y > 65535 || !whole) {
+    std::snprintf(current.error, sizeof current.error,
+                  "bad launch: %d threads, grid %u x %u, clusters of %d", threads, grid.x, grid.y,
+                  cluster);
     return;
   }
-  if (machine.stacks == nullptr)
-    machine.stacks =
-        static_cast<unsigned char*>(mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  machine.body = std::move(body);
-  machine.threads = threads;
-  blockDim = dim3(threads), gridDim = grid;
-  const int64_t blocks = static_cast<int64_t>(grid.x) * grid.y;
-  const int64_t offset = machine.shuffled ? static_cast<int64_t>(next_random() % blocks) : 0;
-  const bool backwards = machine.shuffled && next_random() % 2 == 0;
-  const int64_t words = (shared + 7) / 8;
-  for (int64_t k = 0; k < blocks; ++k) {
-    const int64_t block = backwards ? blocks - 1 - (k + offset) % blocks : (k + offset) % blocks;
-    blockIdx = dim3(block % grid.x, block / grid.x);
-    machine.shared.assign(words + 32, kPoison);
-    release(2);
-    if (!run_block()) return;
-    for (size_t w = words; w < machine.shared.size(); ++w)
-      if (machine.shared[w] != kPoison)
-        std::snprintf(machine.error, sizeof machine.error,
-                      "write beyond the block's shared memory");
+  for (int rank = 0; rank < cluster; ++rank) {
+    unsigned char*& stacks = together.blocks[rank].stacks;
+    if (stacks == nullptr)
+      stacks = static_cast<unsigned char*>(
+          mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
+               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   }
-  acquire(2);
+  current.body = std::move(body);
+  current.threads = threads;
+  current.words = (shared + 7) / 8;
+  const int64_t runs = static_cast<int64_t>(grid.x) * grid.y / cluster;
+  const int64_t offset = current.shuffled ? static_cast<int64_t>(next_random() % runs) : 0;
+  const bool backwards = current.shuffled && next_random() % 2 == 0;
+  for (int64_t k = 0; k < runs && current.error[0] == 0; ++k) {
+    const int64_t run = backwards ? runs - 1 - (k + offset) % runs : (k + offset) % runs;
+    run_together(run % grid.x, run / grid.x, cluster, grid);
+  }
+  acquire(current.between_blocks);
 }
 
 }  // namespace emulation

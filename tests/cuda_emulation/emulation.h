@@ -1,7 +1,8 @@
 // A small CUDA on the host, enough to run csrc/assignment/*.cuh as they are: blocks run one after
 // another, the threads of a block are fibers that switch only where CUDA lets threads wait for each
 // other. The order of fibers is a seeded shuffle, so a missing barrier shows as a result that
-// depends on the seed.
+// depends on the seed. The blocks of a cluster run together, each on a thread of the host's own, so
+// that each has its own shared memory; one runs at a time, and who is next is part of the shuffle.
 //
 // It checks what a GPU leaves undefined: a barrier that part of a block reaches elsewhere or never,
 // and a warp operation whose lanes are not all there. It does not model memory ordering inside one
@@ -17,7 +18,7 @@
 #define __device__
 #define __host__
 #define __global__
-#define __shared__ static
+#define __shared__ static thread_local
 #define __launch_bounds__(...)
 #define CROC_DYNAMIC_SHARED(name) unsigned char* name = emulation::dynamic_shared()
 
@@ -32,7 +33,7 @@ struct double2 {
   double x, y;
 };
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
@@ -40,13 +41,15 @@ namespace emulation {
 // other shuffles them. After an error launch() does nothing.
 void start(uint64_t seed);
 const char* error();
-void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared);
+// `cluster` > 1: the grid's y axis is one cluster of so many blocks.
+void launch(std::function<void()> body, dim3 grid, int threads, int64_t shared, int cluster = 1);
 
 // Device side. All block the calling fiber until its warp or block is complete. `site` names the
 // source line: threads that wait for each other at different lines are an error.
 enum class Op {
   kBarrier,
   kBarrierOr,
+  kClusterBarrier,
   kReduceMin,
   kReduceMax,
   kReduceAdd,
@@ -55,11 +58,14 @@ enum class Op {
   kBallot
 };
 uint64_t block_wait(Op op, uint64_t value, int site);
+void cluster_wait(int site);
+// The same place in another block's shared memory.
+void* cluster_address(const void* address, unsigned rank);
 uint64_t warp_reduce(Op op, uint64_t value, int site);
 uint64_t warp_shuffle(uint64_t value, int source, int site);
 void check_mask(unsigned mask);
 void maybe_switch();  // before an atomic: other threads may come first
-int64_t clock();  // rises by one with every call
+int64_t clock();      // rises by one with every call
 unsigned char* dynamic_shared();
 
 template <class T>
@@ -96,6 +102,9 @@ T update(T* address, Choose choose) {
 #define __syncthreads_or(x)                                          \
   (static_cast<int>(emulation::block_wait(emulation::Op::kBarrierOr, \
                                           static_cast<uint64_t>((x) != 0), __LINE__)))
+#define __cluster_barrier_arrive() ((void)0)  // everybody waits at once
+#define __cluster_barrier_wait() emulation::cluster_wait(__LINE__)
+#define __cluster_map_shared_rank(address, rank) emulation::cluster_address(address, rank)
 #define __shfl_sync(mask, value, lane) emulation::shuffle(mask, value, (lane) & 31, __LINE__)
 #define __shfl_xor_sync(mask, value, step) \
   emulation::shuffle(mask, value, (static_cast<int>(threadIdx.x) & 31) ^ (step), __LINE__)
@@ -180,4 +189,5 @@ inline int __clzll(long long x) {
 inline int64_t clock64() { return emulation::clock(); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
-using std::fmax, std::fmaxf, std::fmin, std::ldexp, std::log, std::max, std::min, std::rint;
+using std::fma, std::fmax, std::fmaxf, std::fmin, std::ldexp, std::log, std::max, std::min,
+    std::rint;

@@ -20,8 +20,9 @@ COUNTERS = (
     "bid_time forest_time auction_time path_time raise_time release_time"
 ).split()
 MISTAKES = (
-    "divergent_barrier missing_threads missing_lanes partial_mask shared_overrun race".split()
-)
+    "divergent_barrier missing_threads missing_lanes partial_mask shared_overrun "
+    "divergent_cluster missing_block late_word race cluster_race"
+).split()
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,12 @@ def _compile(*arguments: str | pathlib.Path) -> None:
 def library() -> ctypes.CDLL:
     """The emulated solver, compiled once per process."""
     out = pathlib.Path(tempfile.mkdtemp(prefix="croc-emulation-")) / "libemulation.so"
-    strict = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    strict = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
     _compile(*strict, HERE / "emulation.cpp", HERE / "entry.cpp", "-o", out)
     loaded = ctypes.CDLL(str(out))
     shutil.rmtree(out.parent)
     loaded.emulate.restype = ctypes.c_char_p
-    loaded.run_mistake.restype = ctypes.c_char_p
+    loaded.run_mistake.restype = loaded.level_ends.restype = ctypes.c_char_p
     loaded.workspace_bytes.restype = ctypes.c_int64
     return loaded
 
@@ -81,8 +82,11 @@ def solve(
     maximize: bool = False,
     seed: int = 0,
     shared_limit: int = H100_SHARED,
+    blocks: int = 0,
 ) -> Solution:
     """Solve (B, N, M) float32 or float64 costs; ``seed`` shuffles the schedule, 0 does not.
+
+    ``blocks`` bid for a problem as a cluster, as if it had many rows; 0: what the size asks for.
 
     Raises:
         RuntimeError: the emulation met something a GPU leaves undefined.
@@ -107,6 +111,7 @@ def solve(
         *map(_pointer, outputs),
         ctypes.c_uint64(seed),
         ctypes.c_int64(shared_limit),
+        blocks,
     )
     if error:
         raise RuntimeError(error.decode())
@@ -125,6 +130,13 @@ def workspace(
     return size, groups.value
 
 
+def blocks(
+    batch: int, rows: int, columns: int, shared_limit: int = H100_SHARED, most: int = 8
+) -> int:
+    """Blocks that bid for one problem together."""
+    return library().bid_blocks(batch, rows, columns, ctypes.c_int64(shared_limit), most)
+
+
 def run_mistake(name: str, seed: int = 0) -> tuple[str | None, np.ndarray]:
     """Run a kernel with a mistake in it; what the emulation says, and the kernel's output (128)."""
     out = np.zeros(128, np.int32)
@@ -132,8 +144,24 @@ def run_mistake(name: str, seed: int = 0) -> tuple[str | None, np.ndarray]:
     return (error.decode() if error else None), out
 
 
-def racecheck(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def level_ends(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every cost the two ends that its level gives, and the level (255: no upper end)."""
+    cost = np.ascontiguousarray(cost)
+    lower, upper = np.full(cost.shape, np.nan), np.full(cost.shape, np.nan)
+    levels = np.zeros(cost.shape, np.int32)
+    error = library().level_ends(
+        _pointer(cost), int(cost.dtype == np.float64), *cost.shape,
+        *map(_pointer, (lower, upper, levels)),
+    )  # fmt: skip
+    if error:
+        raise RuntimeError(error.decode())
+    return lower, upper, levels
+
+
+def racecheck(folder: pathlib.Path, mistake: str = "") -> subprocess.CompletedProcess[str]:
     """Run the solver with every device thread a thread to ThreadSanitizer, built in ``folder``.
+
+    With ``mistake`` that kernel instead.
 
     Only barriers order threads, so two accesses to one address without a barrier in between are
     reported whatever the schedule. Returns the finished process; its stderr holds the reports.
@@ -149,8 +177,9 @@ def racecheck(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProc
             target = folder / f"{source}.o"
             _compile("-O1", "-g", *flags, "-c", HERE / f"{source}.cpp", "-o", target)
         objects = [folder / f"{name}.o" for name in ("emulation", "racecheck", "entry")]
-        _compile("-fsanitize=thread", *objects, "-o", program)
+        _compile("-fsanitize=thread", "-pthread", *objects, "-o", program)
     # The sanitizer's fixed addresses collide with random ones on newer kernels.
     fixed = [setarch, "-R"] if (setarch := shutil.which("setarch")) else []
-    command = [*fixed, str(program), *arguments]
+    which = [str(MISTAKES.index(mistake))] if mistake else []
+    command = [*fixed, str(program), *which]
     return subprocess.run(command, capture_output=True, text=True, check=False)

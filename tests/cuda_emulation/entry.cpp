@@ -10,8 +10,8 @@ using namespace croc::gpu;
 
 struct Launcher {
   void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
-                  const Arguments& a) const {
-    emulation::launch([=] { kernel(a); }, grid, threads, shared);
+                  const Arguments& a, int cluster = 1) const {
+    emulation::launch([=] { kernel(a); }, grid, threads, shared, cluster);
   }
 };
 
@@ -41,6 +41,36 @@ void shared_overrun() {
   reinterpret_cast<double*>(shared)[threadIdx.x % 16] = 1.0;  // the launch asks for 8
 }
 
+// The blocks of a cluster wait for each other at different places.
+void divergent_cluster() {
+  if (blockIdx.y == 0) {
+    __cluster_barrier_wait();
+  } else {
+    __cluster_barrier_wait();
+  }
+}
+
+void missing_block() {
+  if (blockIdx.y > 0) Team::all().wait();
+}
+
+// The first block tells the others something after they may have ended.
+void late_word() {
+  CROC_DYNAMIC_SHARED(shared);
+  if (blockIdx.y == 0) Team::all().tell(shared, static_cast<unsigned char>(1));
+}
+
+// The other blocks read what the first tells them without waiting for it.
+void cluster_race(int* out) {
+  CROC_DYNAMIC_SHARED(shared);
+  int* word = reinterpret_cast<int*>(shared);
+  if (threadIdx.x == 0) *word = 0;
+  Team::all().wait();
+  if (blockIdx.y == 0 && warp_id() == 0) Team::all().tell(word, 1);
+  if (lane_id() == 0 && blockIdx.y > 0) out[4 * blockIdx.y + warp_id()] = *word;
+  Team::all().wait();
+}
+
 // Reads its neighbours' entries without waiting for them.
 void race(int* out) {
   __shared__ int values[128];
@@ -53,20 +83,24 @@ void race(int* out) {
 }  // namespace
 
 // Solves a batch; `shared_limit` is what a block of the pretended device has. `counters` gets
-// kCounters ints per problem. Returns null, or what went wrong.
+// kCounters ints per problem. With `blocks` every problem counts as one with many rows, for which
+// as many blocks bid; 0: as for this size on a device with clusters. Returns null, or what went
+// wrong.
 extern "C" const char* emulate(const void* cost, int is_double, int batch, int rows, int columns,
                                const void* num_rows, int wide_num_rows, int maximize,
                                int64_t* index, double* row_dual, double* column_dual, double* gap,
-                               int32_t* status, int* counters, uint64_t seed,
-                               int64_t shared_limit) {
+                               int32_t* status, int* counters, uint64_t seed, int64_t shared_limit,
+                               int blocks) {
   emulation::start(seed);
   Arguments a{};
   a.cost = cost, a.num_rows = num_rows, a.wide_num_rows = wide_num_rows;
   a.vectors = columns % 4 == 0 && reinterpret_cast<uintptr_t>(cost) % 16 == 0;
-  a.maximize = maximize, a.cost_bytes = is_double ? 8 : 4, a.batch = batch, a.rows = rows, a.columns = columns;
+  a.maximize = maximize, a.cost_bytes = is_double ? 8 : 4, a.batch = batch, a.rows = rows,
+  a.columns = columns;
   a.index = index, a.row_dual = row_dual, a.column_dual = column_dual, a.gap = gap,
   a.status = status;
-  const Plan plan = make_plan(a.max_n(), a.max_m(), static_cast<int>(shared_limit));
+  const Plan plan = make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit),
+                              blocks > 0 ? blocks : kMostBlocks, blocks > 0 ? 1 : kManyRows);
   const int64_t bytes = plan_workspace(a, plan);
   std::vector<unsigned char> workspace(bytes + 4096, kPoison);
   a.workspace = workspace.data();
@@ -90,18 +124,51 @@ extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t sha
                                    int* groups) {
   Arguments a{};
   a.batch = batch, a.rows = rows, a.columns = columns, a.cost_bytes = 4;
-  const Plan plan = make_plan(a.max_n(), a.max_m(), static_cast<int>(shared_limit));
+  const Plan plan =
+      make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit), kMostBlocks);
   *groups = plan.groups;
   return plan_workspace(a, plan);
 }
 
+// What levels.cuh says of costs, (rows, columns) doubles: for each the two ends that its level
+// gives.
+extern "C" const char* level_ends(const void* cost, int is_double, int rows, int columns,
+                                  double* lower, double* upper, int* levels) {
+  emulation::start(0);
+  const auto ends = [&](auto zero) {
+    using T = decltype(zero);
+    const int pitch = level_pitch(rows);
+    std::vector<unsigned char> level(static_cast<size_t>(columns) * pitch + 15, kPoison);
+    std::vector<T> low(columns), step(columns);
+    const uintptr_t base = (reinterpret_cast<uintptr_t>(level.data()) + 15) / 16 * 16;
+    const Levels<T> made{reinterpret_cast<unsigned char*>(base), low.data(), step.data(), pitch};
+    const Costs<T> costs{static_cast<const T*>(cost), columns, 1, rows, columns, 1, false};
+    emulation::launch([=] { make_levels(costs, made, Team::all()); }, dim3(1, 3), 128, 64, 3);
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; ++j) {
+        const int64_t at = static_cast<int64_t>(i) * columns + j;
+        levels[at] = made.column(j)[i];
+        lower[at] = fma(number_of(levels[at]), static_cast<double>(step[j]), low[j]);
+        upper[at] = fma(number_of(levels[at]) + 1.0, static_cast<double>(step[j]), low[j]);
+      }
+  };
+  is_double ? ends(0.0) : ends(0.0f);
+  return emulation::error();
+}
+
+extern "C" int bid_blocks(int batch, int rows, int columns, int64_t shared_limit, int most) {
+  return make_plan(batch, std::min(rows, columns), std::max(rows, columns),
+                   static_cast<int>(shared_limit), most)
+      .blocks;
+}
+
 extern "C" const char* run_mistake(int which, uint64_t seed, int* out) {
   emulation::start(seed);
-  void (*const mistakes[])() = {divergent_barrier, missing_threads, missing_lanes, partial_mask,
-                                shared_overrun};
-  if (which < 5)
-    emulation::launch(mistakes[which], dim3(1), 128, 64);
-  else
-    emulation::launch([=] { race(out); }, dim3(1), 128, 0);
+  const std::function<void()> mistakes[] = {
+      divergent_barrier,  missing_threads,           missing_lanes, partial_mask,
+      shared_overrun,     divergent_cluster,         missing_block, late_word,
+      [=] { race(out); }, [=] { cluster_race(out); }};
+  const int blocks = which == 5 || which == 6 || which == 7 || which == 9 ? 3 : 1;
+  emulation::launch(mistakes[which], dim3(1, blocks), 128, 64, blocks);
   return emulation::error();
 }

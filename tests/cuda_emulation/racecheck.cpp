@@ -1,5 +1,5 @@
 // Solves problems that reach every phase, for ThreadSanitizer to watch; emulator.py builds it.
-// With an argument it runs the kernel that lacks a barrier instead, which must be reported.
+// With an argument it runs that mistake of entry.cpp instead, which must be reported.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -12,7 +12,8 @@
 extern "C" const char* emulate(const void* cost, int is_double, int batch, int rows, int columns,
                                const void* num_rows, int wide_num_rows, int maximize,
                                int64_t* index, double* row_dual, double* column_dual, double* gap,
-                               int32_t* status, int* counters, uint64_t seed, int64_t shared_limit);
+                               int32_t* status, int* counters, uint64_t seed, int64_t shared_limit,
+                               int blocks);
 extern "C" const char* run_mistake(int which, uint64_t seed, int* out);
 
 namespace {
@@ -26,7 +27,8 @@ float entry(const char* family, int i, int j, double random, double offset) {
   return static_cast<float>(random);
 }
 
-bool run(const char* family, int n, int m, int64_t shared_limit, std::vector<int>& most) {
+bool run(const char* family, int n, int m, int64_t shared_limit, std::vector<int>& most,
+         int blocks = 0) {
   std::mt19937 generator(1);
   std::uniform_real_distribution<double> uniform;
   std::vector<double> offsets(m);
@@ -45,7 +47,7 @@ bool run(const char* family, int n, int m, int64_t shared_limit, std::vector<int
   for (const uint64_t seed : {0, 1}) {
     if (seed == 1 && n > 100) break;  // one schedule is enough: ordering is checked, not outcomes
     const char* error = emulate(cost.data(), 0, 1, n, m, nullptr, 0, 0, index.data(), u.data(),
-                                v.data(), &gap, &status, counters, seed, shared_limit);
+                                v.data(), &gap, &status, counters, seed, shared_limit, blocks);
     if (error != nullptr || status != 0 || !(gap < 1e-3)) {
       std::fprintf(stderr, "%s: %s, status %d, gap %g\n", family, error, status, gap);
       return false;
@@ -57,10 +59,10 @@ bool run(const char* family, int n, int m, int64_t shared_limit, std::vector<int
 
 }  // namespace
 
-int main(int argc, char**) {
+int main(int argc, char** argv) {
   if (argc > 1) {
     int out[128];
-    return run_mistake(5, 0, out) != nullptr;
+    return run_mistake(std::atoi(argv[1]), 0, out) != nullptr;
   }
   std::vector<int> most(kCounters);
   bool ok = true;
@@ -72,7 +74,12 @@ int main(int argc, char**) {
     ok = run("uniform", 50, 20, limit, most) && ok;
   }
   ok = run("product", 200, 400, 227 * 1024, most) && ok;  // the auction
-  for (int count : most) ok = count > 0 && ok;            // every phase was reached
+  for (int blocks : {2, 3}) {                             // and that of a cluster
+    ok = run("equal rows", 60, 90, 227 * 1024, most, blocks) && ok;
+    ok = run("equal rows", 90, 60, 227 * 1024, most, blocks) && ok;
+    ok = run("product", 110, 150, 227 * 1024, most, blocks) && ok;
+  }
+  for (int count : most) ok = count > 0 && ok;  // every phase was reached
   std::puts(ok ? "ok" : "failed");
   return ok ? 0 : 1;
 }
