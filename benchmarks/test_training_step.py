@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from croc_kernels.integrations import attention_interface
+from croc_kernels.integrations import heads
 from croc_kernels.layer import croc_layer, matching
 
 from . import cases, peers
@@ -113,7 +113,7 @@ def _stock_parts() -> Iterator[None]:
             (matching, "linear_assignment_ex", _stock_assignment),
             (croc_layer, "replace_tokens", peers.eager_replace),
             (croc_layer, "reconstruction_loss", _stock_loss),
-            (attention_interface, "mixed_attention", _DenseAttention()),
+            (heads, "mixed_attention", _DenseAttention()),
         ):
             stack.enter_context(mock.patch.object(module, name, part))
         yield
