@@ -218,8 +218,8 @@ def _loss_gradient_kernel(
 
 # Rows that a forward program reads at a time, and rows of the backward kernel's tiles.
 ROWS, GRADIENT_ROWS = 2, 4
-# Programs and warps of the backward kernel where most calls have nothing to do. H100: 2 us less at
-# 16 x 1024 than 2112 programs of 4 warps.
+# Programs and warps of the backward kernel where most calls have nothing to do. H100, a trial in
+# docs/matching.md: 1 us less at 16 x 1024 than 2112 programs of 4 warps.
 CHECK_PROGRAMS, CHECK_WARPS = 264, 16
 # Partial sums and selections read at a time.
 REDUCE_BLOCK, COUNT_BLOCK, COUNT_WARPS = 1024, 8192, 32
