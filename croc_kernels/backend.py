@@ -1,5 +1,6 @@
 """Which backend an operator runs on: one rule for all, and the reason when not the fastest."""
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -34,6 +35,20 @@ def triton_missing() -> str | None:
 def uses_triton(tensor: Tensor) -> bool:
     """Whether an op launches a Triton kernel for ``tensor`` (else its PyTorch code for CPUs)."""
     return tensor.device.type == "cuda" or interpreted()
+
+
+@functools.cache
+def capability(index: int) -> int:
+    """Compute capability of a CUDA device, 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def resolve(function: str, backend: str, tensor: Tensor, unsupported: str | None = None) -> str:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import on_device
 from . import config
 from .config import LOG2_E
 from .hopper_backward import hopper_bwd
@@ -311,7 +312,7 @@ def mixed_attention_bwd(
         group=q.shape[1] // k.shape[1], ordered=deterministic,
     )  # fmt: skip
     if hopper is not None:
-        with config.on_device(q):
+        with on_device(q):
             hopper_bwd(
                 grad_out, grad_lse, q, k, v, out, lse, row_start, row_end, scale, grads, hopper,
                 deterministic,
@@ -324,7 +325,7 @@ def mixed_attention_bwd(
     (batch, heads, length, _), (_, key_heads, num_keys, _) = q.shape, k.shape
     key_programs = triton.cdiv(num_keys, picked.keys_block_n) * batch * key_heads
     query_programs = triton.cdiv(length, picked.queries_block_m) * batch * heads
-    with config.on_device(q):
+    with on_device(q):
         delta = _delta(out, grad_out, grad_lse)
         _mixed_attention_bwd_kernel[(key_programs + query_programs,)](
             (q, k, v, grad_out), (lse, delta), tuple(grads), bounds,

@@ -4,14 +4,12 @@ Those of sm_90's forward pass were timed on an H200, the others chosen by compil
 (registers, spills, shared memory): docs/attention.md.
 """
 
-import contextlib
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..backend import interpreted
+from ..backend import capability, interpreted
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -269,20 +267,9 @@ def must_copy_values(arch: int, dim: int, v: Tensor) -> bool:
     return arch == 90 and small and not known_to_be_aligned(v)
 
 
-@functools.cache
-def _arch(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def arch_of(tensor: Tensor) -> int:
     """Compute capability of the tensor's device, 0 in the interpreter."""
-    return 0 if interpreted() else _arch(tensor.device.index)
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Make the tensor's device current: Triton launches on the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return 0 if interpreted() else capability(tensor.device.index)
 
 
 def by_sample(*vectors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import on_device
 from . import config
 from .hopper_forward import hopper_fwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
@@ -125,7 +126,7 @@ def mixed_attention_fwd(
     plain_scores = visible_until is None and softcap == 0.0
     hopper = config.pick_hopper_forward(arch, dim, q.dtype, length, plain_scores, aligned)
     if hopper is not None:
-        with config.on_device(q):
+        with on_device(q):
             hopper_fwd(q, k, v, start, end, scale, out, lse, hopper)
         return out, lse
     if config.must_copy_values(arch, dim, v):
@@ -133,7 +134,7 @@ def mixed_attention_fwd(
     bounds, between = config.by_sample(start, end, end if visible_until is None else visible_until)
     picked = config.pick_forward(arch, dim, q.dtype, length)
     grid = (triton.cdiv(length, picked.block_m) * batch * heads,)
-    with config.on_device(q):
+    with on_device(q):
         _mixed_attention_fwd_kernel[grid](
             q, k, v, out, lse, bounds,
             (*(s for x in (q, k, v, out) for s in x.stride()[:3]), *between),

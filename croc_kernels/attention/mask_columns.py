@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mask_kernel import contiguous, on_device
+from ..backend import on_device
+from .mask_kernel import contiguous
 from .mask_tokens import larger
 
 # Keys per program of the column view, which is bound by its gathers: 8 us, 15 with 1024 keys.

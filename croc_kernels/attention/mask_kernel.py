@@ -8,13 +8,12 @@ long rows take no longer than their documents do. ``intervals.py`` has the same 
 and is what they are tested against, bit by bit.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import on_device
 from . import intervals
 from .mask_tokens import (
     INSIDE,
@@ -186,13 +185,6 @@ def _mask_rows_kernel(
     tl.store(end_ptr + position, tl.where(valid, end, empty), mask=mask)
     if fault_ptr is not None:
         tl.store(fault_ptr + sample * length + position, fault | row_fault, mask=mask)
-
-
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
 
 
 def _tile(length: int) -> dict[str, int]:

@@ -16,15 +16,12 @@ the dot. What a step loses is proportional to its sum on average, and CORRECTION
 a few units in the last place, gives it back where it was measured (sm_90).
 """
 
-import contextlib
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import interpreted
+from ..backend import capability, interpreted, on_device
 from .config import CostConfig, one_matrix, pick_config, pick_hopper
 from .prepass import (
     CLEAR,
@@ -215,21 +212,8 @@ def tile_constants(
     }
 
 
-@functools.cache
-def _arch_of(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
-
-
 def _arch(tensor: Tensor) -> int:
-    return 90 if interpreted() else _arch_of(tensor.device.index)
-
-
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+    return 90 if interpreted() else capability(tensor.device.index)
 
 
 def _readable(rows: Tensor) -> Tensor:
@@ -324,7 +308,7 @@ def token_cost(
     out = tokens.new_empty((*shape, pool.shape[0]), dtype=torch.float32)
     if out.numel() == 0:
         return out
-    with _on(tokens):
+    with on_device(tokens):
         problem = _Problem(tokens, pool, token_index, num_rows, metric)
         if problem.hopper is not None:
             problem.launch_hopper(out)
@@ -342,7 +326,7 @@ def nearest_token(
     out = tokens.new_empty(shape, dtype=torch.int64)
     if out.numel() == 0:
         return out
-    with _on(tokens):
+    with on_device(tokens):
         problem = _Problem(tokens, pool, token_index, num_rows, metric)
         if problem.hopper is not None:
             problem.launch_hopper(out)

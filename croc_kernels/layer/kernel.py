@@ -2,13 +2,12 @@
 microseconds each become three.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import on_device
 from .matching import MIX_FACTORS, rank_offset
 from .normalization import EPSILON
 
@@ -132,13 +131,6 @@ LARGEST_BLOCK = 4096
 ELEMENTS_PER_WARP = 512
 
 
-def _on(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
 def draw_order(
     seeds: Tensor,
     table: Tensor | None,
@@ -151,7 +143,7 @@ def draw_order(
     """Launch ``_draw_order_kernel``."""
     out = seeds.new_empty((batch, width))
     block_i, block_j = DRAW_BLOCKS
-    with _on(seeds):
+    with on_device(seeds):
         _draw_order_kernel[(triton.cdiv(longest, block_i), batch)](
             seeds, table, out, batch, longest, width, total, rank_offset(rank),
             BLOCK_I=block_i, BLOCK_J=block_j,
@@ -180,7 +172,7 @@ def l2_normalize_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return y, norm.fill_(EPSILON)
     rows = _as_rows(x)
-    with _on(x):
+    with on_device(x):
         _normalize_kernel[(rows.shape[0],)](
             rows, y, norm, rows.shape[1], rows.stride(0), **_tile(rows.shape[1], wide)
         )
@@ -193,7 +185,7 @@ def l2_normalize_bwd(grad: Tensor, y: Tensor, norm: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     rows = _as_rows(grad)
-    with _on(y):
+    with on_device(y):
         _normalize_gradient_kernel[(rows.shape[0],)](
             rows, y, norm, out, rows.shape[1], rows.stride(0), **_tile(rows.shape[1], norm.dtype)
         )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import on_device
 from .layout import (
     accumulator,
     as_rows,
@@ -18,7 +19,6 @@ from .layout import (
     gdc_launch_dependents,
     gdc_wait,
     launches_overlap,
-    on_device,
     row_offset,
 )
 

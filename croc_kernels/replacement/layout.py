@@ -1,19 +1,16 @@
 """How the replacement and loss kernels see memory: rows of components, addressed by two strides."""
 
-import contextlib
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..backend import interpreted
+from ..backend import capability, interpreted
 
 __all__ = [
     "accumulator", "as_rows", "column_block", "gdc_launch_dependents", "gdc_wait",
-    "launches_overlap", "on_device", "row_offset",
+    "launches_overlap", "row_offset",
 ]  # fmt: skip
 
 
@@ -28,18 +25,6 @@ def column_block(dim: int, largest: int = 1024) -> int:
     return min(largest, max(16, triton.next_power_of_2(dim)))
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
-@functools.cache
-def _has_dependent_launch(index: int) -> bool:
-    return torch.cuda.get_device_capability(index)[0] >= 9
-
-
 def launches_overlap(tensor: Tensor) -> bool:
     """Whether a kernel may start before the one launched ahead of it has ended.
 
@@ -48,7 +33,7 @@ def launches_overlap(tensor: Tensor) -> bool:
     writes. Only for a pair of our own: the first is launched as usual, so whatever came before it
     has ended.
     """
-    return tensor.is_cuda and not interpreted() and _has_dependent_launch(tensor.device.index)
+    return tensor.is_cuda and not interpreted() and capability(tensor.device.index) >= 90
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..backend import on_device
 from .config import pick_loss
 from .layout import (
     accumulator,
@@ -24,7 +25,6 @@ from .layout import (
     gdc_launch_dependents,
     gdc_wait,
     launches_overlap,
-    on_device,
     row_offset,
 )
 
