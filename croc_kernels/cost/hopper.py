@@ -302,6 +302,7 @@ def _token_cost_hopper_kernel(
     mbarrier.init(full, count=1)
     mbarrier.init(empty, count=2)
     buffers = (x_smem, p_smem, x_full, x_empty, p_full, p_empty, x_line, p_line, full, empty)
+    # Written out twice: triton 3.6 lets no name stand for a tuple that holds METRIC.
     if DENSE and not NEAREST:
         gl.warp_specialize(
             [
