@@ -192,18 +192,23 @@ def _flash4_mask(case: Attention, device: torch.device) -> Callable:
     starts, ends = case.row_bounds()
     packed = bool(starts.any())
     bounds = [starts, ends] if packed else [ends]
-    # Its tiles for D = 256 have 80 keys, which must divide a block, or 64.
-    mask = flex_block_mask(case, device, (128, 64 if case.head_dim > 128 else 128))
-    sizes = {"block_size": mask.BLOCK_SIZE}
+    # Blocks that its tiles on sm_90 divide, the largest it would choose by itself.
+    dim = case.head_dim
+    rows, keys = 192 if dim <= 96 else 128, 80 if dim > 192 else 128
+    forward = flex_block_mask(case, device, (rows, keys))
+    backward = flex_block_mask(case, device, (128, 64 if dim > 128 else 128))
     return _flash4(
         mask_mod=visible if packed else visible_from_the_first,
         aux_tensors=[x.to(device, torch.int32) for x in bounds],
         block_sparse_tensors=BlockSparseTensorsTorch(
-            mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices,
-            **sizes,
+            forward.kv_num_blocks, forward.kv_indices,
+            forward.full_kv_num_blocks, forward.full_kv_indices,
+            block_size=forward.BLOCK_SIZE,
         ),
         block_sparse_tensors_bwd=BlockSparseTensorsTorch(
-            mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices, **sizes
+            backward.q_num_blocks, backward.q_indices,
+            backward.full_q_num_blocks, backward.full_q_indices,
+            block_size=backward.BLOCK_SIZE,
         ),
     )  # fmt: skip
 
