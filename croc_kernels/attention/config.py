@@ -216,7 +216,7 @@ def pick_hopper_forward(
 # (block_m, block_n, stages) per head dimension. Measured on an H200 for D = 64 (424 TFLOP/s at 8k;
 # three stages 418, 128 rows per tile 367) and D = 128 (three stages: 2 % slower at 1k to 4k).
 HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
-# From and up to how many keys ``ahead`` with ``early`` gained, or ``early`` alone: by dimension, and
+# From and up to how many keys ``ahead`` with ``early`` gained, or ``early`` alone, by dimension and
 # whether heads share keys. Measured on an H100, docs/attention.md.
 HOPPER_AHEAD = {(128, False): (512, 1 << 31), (256, True): (1024, 1536)}
 HOPPER_EARLY = HOPPER_AHEAD | {(64, False): (1024, 1536)}
