@@ -80,7 +80,9 @@ def test_config_hopper_forward_is_what_was_measured(dim, length, tiles):
 
 @pytest.mark.parametrize(
     ("num_keys", "group", "unordered", "ordered"),
-    [(1024, 1, 16, 16), (2048, 1, 16, 16), (3071, 4, 16, 16), (3072, 1, 4, 8), (4096, 1, 4, 8),
+    [(128, 1, 16, 16), (511, 1, 16, 16), (512, 1, 16, 16), (512, 4, 16, 16), (1023, 2, 16, 16),
+     (1024, 1, 16, 16), (1024, 4, 16, 16), (1535, 1, 16, 16), (1535, 2, 16, 16), (1536, 1, 16, 16),
+     (1536, 2, 16, 16), (2048, 1, 16, 16), (3071, 4, 16, 16), (3072, 1, 4, 8), (4096, 1, 4, 8),
      (4096, 2, 4, 2), (6144, 1, 4, 4), (8192, 1, 4, 4), (8192, 4, 4, 2)],
 )  # fmt: skip
 def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered, ordered):
@@ -90,7 +92,14 @@ def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered,
                 90, dim, torch.bfloat16, num_keys, True, True, group=group, ordered=repeatable
             )
             alone = repeatable and dim == 256
-            assert picked == config.HopperBackwardConfig(*tiles, 1 if alone else section)
+            around_1k = 1024 <= num_keys < 1536
+            ahead = not repeatable and (
+                (dim == 128 and group == 1 and num_keys >= 512)
+                or (dim == 256 and group > 1 and around_1k)
+            )
+            early = ahead or (not repeatable and dim == 64 and group == 1 and around_1k)
+            dealt = 8 if ahead and section == 16 else 1 if alone else section
+            assert picked == config.HopperBackwardConfig(*tiles, dealt, ahead, early)
 
 
 def test_config_tma_takes_what_is_aligned_to_sixteen_bytes():

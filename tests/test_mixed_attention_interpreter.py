@@ -198,7 +198,8 @@ def fragments(rows, cols):
 
 
 @pytest.mark.parametrize(("dim", "block_m"), [(64, 64), (64, 128), (128, 64), (256, 64)])
-def test_kernels_finish_puts_the_gradient_of_queries_in_rows(dim, block_m):
+@pytest.mark.parametrize("early", [True, False])
+def test_kernels_finish_puts_the_gradient_of_queries_in_rows(dim, block_m, early, monkeypatch):
     transposed, length = dim >= 128, block_m + 5
     shape = (dim, block_m) if transposed else (block_m, dim)
     places = fragments(*shape)
@@ -207,16 +208,21 @@ def test_kernels_finish_puts_the_gradient_of_queries_in_rows(dim, block_m):
     sums = torch.empty(8, dim * block_m)
     sums[:, places.flatten()] = tiles.flatten(1)
     got = torch.full((2, length, 2, dim), float("nan")).transpose(1, 2)
+    monkeypatch.setattr(hopper_backward, "gdc_wait", lambda: None)
+    # Two key heads, and three programs for each; the other counts are not what is waited for.
+    counts = torch.tensor([0, 0, 0, 0, 0, 3, 3, 0, 0], dtype=torch.int32)
     hopper_backward._finish_kernel[(8,)](
-        sums, got, got.stride()[:3], 0.5, length,
-        HEADS=2, D=dim, BLOCK_M=block_m, TRANSPOSED=transposed, ORDERED=True,
+        sums, got, got.stride()[:3], 0.5, length, counts, 3, HEADS=2, GROUP=2, D=dim,
+        BLOCK_M=block_m, TRANSPOSED=transposed, ORDERED=False, EARLY=early,
     )  # fmt: skip
     rows = (tiles.mT if transposed else tiles).reshape(2, 2, 2 * block_m, dim)
     assert torch.equal(got, 0.5 * rows[:, :, :length])
 
 
 @pytest.mark.parametrize("with_lse", [True, False])
-def test_kernels_prepare_marks_rows_that_see_nothing(with_lse):
+@pytest.mark.parametrize("ahead", [True, False])
+def test_kernels_prepare_marks_rows_that_see_nothing(with_lse, ahead, monkeypatch):
+    monkeypatch.setattr(hopper_backward, "gdc_launch_dependents", lambda: None)
     length, block_m, dim = 100, 64, 32
     out, grad = (torch.randn(2, length, 3, dim).transpose(1, 2) for _ in range(2))
     grad_lse = torch.randn(2, 3, length)
@@ -226,11 +232,12 @@ def test_kernels_prepare_marks_rows_that_see_nothing(with_lse):
     lse = lse.masked_fill(blind, float("-inf"))
     hidden = grad.masked_fill(blind[..., None], float("nan"))
     stats, sums = torch.full((12, 2, block_m), float("nan")), torch.full((12, 64 * dim), 7.0)
-    dirty, turns = torch.full((2, 2), -1, dtype=torch.int32), torch.full((13,), -1).int()
+    dirty, counts = torch.full((2, 2), -1, dtype=torch.int32), torch.full((13,), -1).int()
     hopper_backward._prepare_kernel[(12,)](
-        out, hidden, lse, grad_lse, stats, dirty, turns, sums,
+        out, hidden, lse, grad_lse, stats, dirty, counts, sums,
         (*out.stride()[:3], *hidden.stride()[:3], *grad_lse.stride()), length,
-        HEADS=3, D=dim, BLOCK_M=block_m, HAS_GRAD_LSE=with_lse, ORDERED=True,
+        HEADS=3, D=dim, BLOCK_M=block_m, HAS_GRAD_LSE=with_lse, ORDERED=not ahead,
+        ZEROED=4 * ahead, COUNTED=ahead,
     )  # fmt: skip
     got = stats.reshape(2, 3, 2, 2, block_m).transpose(2, 3).reshape(2, 3, 2, 128)
     want = torch.full((2, 3, 128), float("inf"))
@@ -240,5 +247,7 @@ def test_kernels_prepare_marks_rows_that_see_nothing(with_lse):
     delta[..., :length] = (out * grad).sum(-1) - with_lse * config.LOG2_E * grad_lse
     torch.testing.assert_close(got[:, :, 1], delta.masked_fill(want == float("inf"), 0.0))
     assert dirty.tolist() == [[0, 0], [0, 10]]
-    assert not turns.any()
-    assert not sums.any()
+    assert not counts.any()
+    # Two tiles of each of six heads, of which the first four are zeroed here.
+    assert not sums[:8].any()
+    assert (sums[8:] == (7.0 if ahead else 0.0)).all()

@@ -3,6 +3,7 @@ heads in turns, kernels that start before the one before them ends.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,3 +158,87 @@ def test_order_graph_of_the_unordered_backward_replays(dim):
         for got in captured:
             assert same(got[2:], want[2:])
             assert (got[1] - want[1]).norm() <= 2e-3 * want[1].norm()
+
+
+@pytest.fixture(params=["ahead", "early", "picked"])
+def overlap(request, monkeypatch):
+    """What the kernels around the backward's share of its time, whatever gains most."""
+    if request.param != "picked":
+        pick = config.pick_hopper_backward
+
+        def forced(*arguments, ordered=False, **options):
+            ahead = request.param == "ahead" and not ordered
+            picked = pick(*arguments, ordered=ordered, **options)
+            return replace(picked, ahead=ahead, early=not ordered)
+
+        monkeypatch.setattr(config, "pick_hopper_backward", forced)
+
+
+def within_rounding(got, want):
+    """dK and dV are equal bit by bit, dQ but for the order of its sums."""
+    assert same(got[2:], want[2:])
+    assert (got[1] - want[1]).norm() <= 2e-3 * want[1].norm()
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(("batch", "heads", "key_heads"), [(1, 1, 1), (2, 6, 3), (3, 20, 20)])
+def test_order_of_adding_changes_no_bit_of_keys_and_values(batch, heads, key_heads, dim):
+    """Fewer and more items than programs, one section and several, the last one smaller."""
+    for length in (1, 65, 700, 1601, LONG):
+        name = "spans" if length > 65 else "visual"
+        mask, qkv = tensors(name, dim, length, heads, key_heads, batch)
+        weight = torch.randn_like(qkv[0])
+        want = step(mask, qkv, weight, True)
+        for _ in range(3):
+            within_rounding(step(mask, qkv, weight, False), want)
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("key_heads", [32, 8])
+def test_order_samples_of_nothing_but_padding(key_heads, dim):
+    """Their programs add nothing, and are waited for all the same."""
+    mask, qkv = tensors("left", dim, 700, 32, key_heads, 3)
+    weight = torch.randn_like(qkv[0])
+    want = step(mask, qkv, weight, True)
+    got = step(mask, qkv, weight, False)
+    within_rounding(got, want)
+    assert not any(x[0].any() for x in got[1:])
+
+
+@pytest.mark.usefixtures("overlap")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_order_backwards_on_two_streams_at_once(dim):
+    """Programs wait for each other's work in a launch, never for another launch."""
+    cases = []
+    for length, heads in ((1000, 32), (LONG, 7)):
+        mask, qkv = tensors("spans", dim, length, heads, heads)
+        weight = torch.randn_like(qkv[0])
+        cases.append((mask, qkv, weight, step(mask, qkv, weight, True)))
+    streams, graphs, kept = [torch.cuda.Stream() for _ in cases], [], []
+    for stream, (mask, qkv, weight, _want) in zip(streams, cases, strict=True):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step(mask, qkv, weight, False)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            kept.append([step(mask, qkv, weight, False) for _ in range(3)])
+        graphs.append(graph)
+    for _ in range(5):
+        for outputs in kept:
+            for value in outputs:
+                for x in value:
+                    x.fill_(float("nan"))
+        torch.cuda.synchronize()
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+                graph.replay()
+        beside = step(*cases[0][:3], False)
+        torch.cuda.synchronize()
+        within_rounding(beside, cases[0][3])
+        for outputs, case in zip(kept, cases, strict=True):
+            for got in outputs:
+                within_rounding(got, case[3])

@@ -89,18 +89,23 @@ class HopperForwardConfig:
 class HopperBackwardConfig:
     """Tiles of the warp-specialised backward kernel, and how many heads' tiles of keys take turns,
     those with most rows first.
+
+    ``ahead``: a spare warp zeroes what the next section's tiles add to, which else the kernel
+    before does. ``early``: the kernel after begins with heads that are done while others are not.
     """
 
     block_m: int
     block_n: int
     stages: int
     section: int
+    ahead: bool = False
+    early: bool = False
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
-            "SECTION": self.section,
+            "SECTION": self.section, "AHEAD": self.ahead, "EARLY": self.early,
         }  # fmt: skip
 
 
@@ -211,17 +216,21 @@ def pick_hopper_forward(
 # (block_m, block_n, stages) per head dimension. Measured on an H200 for D = 64 (424 TFLOP/s at 8k;
 # three stages 418, 128 rows per tile 367) and D = 128 (three stages: 2 % slower at 1k to 4k).
 HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
+# From and up to how many keys ``ahead`` with ``early`` gained, or ``early`` alone, by dimension and
+# whether heads share keys. Measured on an H100, docs/attention.md.
+HOPPER_AHEAD = {(128, False): (512, 1 << 31), (256, True): (1024, 1536)}
+HOPPER_EARLY = HOPPER_AHEAD | {(64, False): (1024, 1536)}
 
 
-def _backward_section(dim: int, num_keys: int, group: int, ordered: bool) -> int:
-    """Query heads whose tiles are dealt out together. Measured on an H100, docs/attention.md. In
+def _backward_section(dim: int, num_keys: int, group: int, ordered: bool, ahead: bool) -> int:
+    """Key heads whose tiles are dealt out together. Measured on an H100, docs/attention.md. In
     order, more heads at a time also wait for more: 4 lost 4 % at 8192 keys with shared heads, 2
-    lost 4 % with D = 256.
+    lost 4 % with D = 256. Zeroing ahead, 16 lost 1 to 4 % against 8.
     """
     if ordered and dim == 256:
         return 1
     if num_keys < HOPPER_LONG[1]:
-        return 16
+        return 8 if ahead else 16
     if ordered and group > 1:
         return 2
     return 8 if ordered and num_keys < 2 * HOPPER_LONG[1] else 4
@@ -239,7 +248,12 @@ def pick_hopper_backward(
     tiles = HOPPER_BACKWARD.get(dim)
     if arch != 90 or dtype == torch.float32 or not (plain_scores and aligned and tiles):
         return None
-    return HopperBackwardConfig(*tiles, _backward_section(dim, num_keys, group, ordered))
+    ahead, early = (
+        not ordered and low <= num_keys < high
+        for low, high in (x.get((dim, group > 1), (0, 0)) for x in (HOPPER_AHEAD, HOPPER_EARLY))
+    )
+    section = _backward_section(dim, num_keys, group, ordered, ahead)
+    return HopperBackwardConfig(*tiles, section, ahead, early)
 
 
 def tma_aligned(x: Tensor) -> bool:

@@ -10,20 +10,27 @@ _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALIGNED = [["tt.divisibility", 16]]
 # A vector of the mask: see hopper.of_sample.
 _VECTOR = ("*i32", "i32")
-# Accepted spills, in bytes: values that the loop over rows does not touch. At most 36, 36, 64, 36,
-# 124 and 56 with triton 3.6.0 and 3.7.1 (3.9 spills less, 3.8 up to 828).
+# Accepted spills, in bytes: values that the loop over rows does not touch. At most 36, 36, 36,
+# 64, 36, 132, 80 and 72 with triton 3.6.0 and 3.7.1 (3.9 spills less, 3.8 up to 828).
 SPILLS = {
     "mixed_attention_bwd_hopper-D128-bf16": 64,
+    "mixed_attention_bwd_hopper-D128-bf16-L256": 64,
     "mixed_attention_bwd_hopper-D128-fp16": 64,
     "mixed_attention_bwd_hopper-D128-bf16-group4": 64,
     "mixed_attention_bwd_hopper-D128-bf16-ordered": 64,
     "mixed_attention_bwd_hopper-D256-bf16": 160,
+    "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 160,
     "mixed_attention_bwd_hopper-D256-bf16-ordered": 160,
 }
 
 
 def _descriptor(name: str, rows: int, dim: int) -> str:
     return f"tensordesc<{name}{[1, 1, rows, dim]},{NVMMASharedLayout(128, 16, 4)!r}>"
+
+
+def _suffix(group: int, num_keys: int) -> str:
+    """Of a name: what differs from 4096 keys that no heads share."""
+    return f"-group{group}" * (group > 1) + f"-L{num_keys}" * (num_keys != 4096)
 
 
 def forward_case(
@@ -51,11 +58,11 @@ def forward_case(
 
 
 def backward_case(
-    dim: int, dtype: torch.dtype, *, group: int = 1, ordered: bool = False
+    dim: int, dtype: torch.dtype, *, group: int = 1, ordered: bool = False, num_keys: int = 4096
 ) -> CompileCase:
-    """The warp-specialised backward kernel as launched for 4096 keys."""
+    """The warp-specialised backward kernel as launched for so many keys."""
     picked = config.pick_hopper_backward(
-        90, dim, dtype, 4096, plain_scores=True, aligned=True, group=group, ordered=ordered
+        90, dim, dtype, num_keys, plain_scores=True, aligned=True, group=group, ordered=ordered
     )
     fn, name = hopper_backward._mixed_attention_bwd_hopper_kernel, _NAMES[dtype]
     row, key = _descriptor(name, picked.block_m, dim), _descriptor(name, picked.block_n, dim)
@@ -69,47 +76,55 @@ def backward_case(
         "num_keys": "i32", "num_tiles": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = {(fn.arg_names.index("dq_ptr"),): _ALIGNED}
-    name = f"mixed_attention_bwd_hopper-D{dim}-{name}" + f"-group{group}" * (group > 1)
+    name = f"mixed_attention_bwd_hopper-D{dim}-{name}" + _suffix(group, num_keys)
     name += "-ordered" * ordered
     return CompileCase(
         name, fn, signature, constants, attrs, 8, 1, True, SPILLS.get(name, 0)
     )  # fmt: skip
 
 
-def prepare_case(dim: int, dtype: torch.dtype) -> CompileCase:
+def prepare_case(
+    dim: int, dtype: torch.dtype, *, group: int = 1, num_keys: int = 4096
+) -> CompileCase:
     """The kernel before it."""
-    picked = config.pick_hopper_backward(90, dim, dtype, 4096, plain_scores=True, aligned=True)
+    picked = config.pick_hopper_backward(
+        90, dim, dtype, num_keys, plain_scores=True, aligned=True, group=group
+    )
     fn, pointer = hopper_backward._prepare_kernel, "*" + _NAMES[dtype]
     constants = {"HEADS": 32, "D": dim, "BLOCK_M": picked.block_m, "HAS_GRAD_LSE": True}
-    constants["ORDERED"] = False
+    counted = picked.ahead or picked.early
+    constants |= {"ORDERED": False, "COUNTED": counted}
+    constants["ZEROED"] = picked.section * group * picked.ahead
     signature = {
         "out_ptr": pointer, "grad_out_ptr": pointer, "lse_ptr": "*fp32", "grad_lse_ptr": "*fp32",
-        "stats_ptr": "*fp32", "dirty_ptr": "*i32", "turn_ptr": "*i32",
+        "stats_ptr": "*fp32", "dirty_ptr": "*i32", "counts_ptr": "*i32",
         "dq_ptr": "*fp32", "strides": ("i32",) * 9,
         "num_queries": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = {(fn.arg_names.index(n),): _ALIGNED for n in ("out_ptr", "grad_out_ptr", "dq_ptr")}
-    return CompileCase(
-        f"mixed_attention_bwd_prepare-D{dim}", fn, signature, constants, attrs, 8, 3, False
-    )
+    name = f"mixed_attention_bwd_prepare-D{dim}" + _suffix(group, num_keys)
+    return CompileCase(name, fn, signature, constants, attrs, 8, 3, False)
 
 
-def finish_case(dim: int, dtype: torch.dtype) -> CompileCase:
+def finish_case(
+    dim: int, dtype: torch.dtype, *, group: int = 1, num_keys: int = 4096
+) -> CompileCase:
     """The kernel after it."""
-    picked = config.pick_hopper_backward(90, dim, dtype, 4096, plain_scores=True, aligned=True)
+    picked = config.pick_hopper_backward(
+        90, dim, dtype, num_keys, plain_scores=True, aligned=True, group=group
+    )
     fn = hopper_backward._finish_kernel
     constants = {
-        "HEADS": 32, "D": dim, "BLOCK_M": picked.block_m, "TRANSPOSED": dim >= 128,
-        "ORDERED": False,
+        "HEADS": 32, "GROUP": group, "D": dim, "BLOCK_M": picked.block_m, "TRANSPOSED": dim >= 128,
+        "ORDERED": False, "EARLY": picked.early,
     }  # fmt: skip
     signature = {
         "sums_ptr": "*fp32", "dq_ptr": "*" + _NAMES[dtype], "strides": ("i32",) * 3,
-        "scale": "fp32", "num_queries": "i32",
+        "scale": "fp32", "num_queries": "i32", "counts_ptr": "*i32", "key_tiles": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = {(fn.arg_names.index(n),): _ALIGNED for n in ("sums_ptr", "dq_ptr")}
-    return CompileCase(
-        f"mixed_attention_bwd_finish-D{dim}", fn, signature, constants, attrs, 8, 3, False
-    )
+    name = f"mixed_attention_bwd_finish-D{dim}" + _suffix(group, num_keys)
+    return CompileCase(name, fn, signature, constants, attrs, 8, 3, False)
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
@@ -120,6 +135,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases = [backward_case(dim, bf16, ordered=o) for dim in dims for o in (False, True)]
     cases += [backward_case(128, torch.float16), backward_case(128, bf16, group=4)]
     cases += [case(dim, bf16) for dim in dims for case in (prepare_case, finish_case)]
+    # With and without zeros ahead and an early end, which 4096 keys have for D = 128 alone.
+    for dim, group, num_keys in ((64, 1, 1024), (128, 1, 256), (256, 2, 1024)):
+        for case in (backward_case, prepare_case, finish_case):
+            cases.append(case(dim, bf16, group=group, num_keys=num_keys))
     forward = [(d, n) for d in config.HOPPER_FORWARD for n in (1024, *config.HOPPER_LONG)]
     cases += [forward_case(dim, bf16, length=n) for dim, n in forward]
     cases += [forward_case(128, torch.float16), forward_case(128, bf16, group=4)]

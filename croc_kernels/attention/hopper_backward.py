@@ -19,13 +19,17 @@ _STATISTICS = gl.NVMMASharedLayout(0, 32, 2)
 
 @triton.jit(do_not_specialize=["num_queries"])
 def _prepare_kernel(
-    out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, stats_ptr, dirty_ptr, turn_ptr, dq_ptr,
+    out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, stats_ptr, dirty_ptr, counts_ptr, dq_ptr,
     strides, num_queries,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    ORDERED: tl.constexpr,
+    ORDERED: tl.constexpr, ZEROED: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (inf for rows that see nothing), delta and zeros for dQ of BLOCK_M rows, last
     tiles first: what the next kernel begins with is then still in the L2. grid = (tiles * B * H,).
+
+    ZEROED: heads of all samples whose dQ is zeroed here, 0 for all. Counts, zeroed: tickets drawn,
+    then with ORDERED whose turn it is at each tile of rows, with COUNTED programs that have zeroed
+    their share of the next section, for each section, and that are done, for each key head.
     """
     if not ORDERED:
         gdc_launch_dependents()
@@ -34,6 +38,13 @@ def _prepare_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     tile = program % tiles
     plane = program // tiles
+    if COUNTED and tile == 0:
+        # No more sections, and no more key heads, than heads.
+        planes = tl.num_programs(0) // tiles
+        tl.store(counts_ptr + 1 + plane, 0)
+        tl.store(counts_ptr + 1 + planes + plane, 0)
+        if plane == 0:
+            tl.store(counts_ptr, 0)
     batch, head = tl.cast(plane // HEADS, tl.int64), tl.cast(plane % HEADS, tl.int64)
     first = tl.cast(tile * BLOCK_M, tl.int64)
     offs, cols = tl.arange(0, BLOCK_M), tl.arange(0, D)
@@ -55,33 +66,48 @@ def _prepare_kernel(
     if head == 0:
         blind = tl.sum((inside & (lse == float("-inf"))).to(tl.int32), 0)
         tl.store(dirty_ptr + batch * tiles + tile, blind)
-    place = tl.cast(program, tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
-    tl.store(dq_ptr + place, tl.zeros([BLOCK_M * D], tl.float32))
+    if ZEROED == 0 or plane < ZEROED:
+        sums = tl.cast(program, tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
+        tl.store(dq_ptr + sums, tl.zeros([BLOCK_M * D], tl.float32))
     if ORDERED:
-        tl.store(turn_ptr + 1 + program, 0)
+        tl.store(counts_ptr + 1 + program, 0)
         if program == 0:
-            tl.store(turn_ptr, 0)
+            tl.store(counts_ptr, 0)
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["num_queries", "key_tiles"])
 def _finish_kernel(
-    sums_ptr, dq_ptr, strides, scale, num_queries,
-    HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ORDERED: tl.constexpr,
+    sums_ptr, dq_ptr, strides, scale, num_queries, counts_ptr, key_tiles,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, D) tile of dQ from fragments in float32, last added to first; grid = (tiles * B *
-    H,).
+    """(BLOCK_M, D) tile of dQ from fragments in float32; grid = (tiles * B * H,).
+
+    Last added to first. With EARLY first added to first, each waiting for its head alone, which all
+    ``key_tiles`` programs of the kernel before have added to then.
     """
     dq_b, dq_h, dq_l = strides
     tiles = tl.cdiv(num_queries, BLOCK_M)
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    program = tl.program_id(0)
+    if not EARLY:
+        program = tl.num_programs(0) - 1 - program
     tile = program % tiles
     plane = program // tiles
     batch, head = tl.cast(plane // HEADS, tl.int64), tl.cast(plane % HEADS, tl.int64)
     rows: tl.constexpr = D if TRANSPOSED else BLOCK_M
     cols: tl.constexpr = BLOCK_M if TRANSPOSED else D
     place = tl.cast(program, tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
-    if not ORDERED:
+    if EARLY:
+        # All programs of the kernel before are running or done when one of these starts: waiting
+        # keeps none of them from starting. One waits for their end, so that this kernel does not
+        # end before that one.
+        if program == tl.num_programs(0) - 1:
+            gdc_wait()
+        done_ptr = counts_ptr + 1 + tl.num_programs(0) // tiles + plane // GROUP
+        done = tl.atomic_add(done_ptr, 0, sem="acquire")
+        while done < key_tiles:
+            done = tl.atomic_add(done_ptr, 0, sem="acquire")
+    elif not ORDERED:
         gdc_wait()
     x = tl.load(sums_ptr + place, eviction_policy="evict_first") * scale
     # (repetition, 8 columns, warps along columns, along rows, 8 rows, 2 columns, rows 8 apart,
@@ -105,38 +131,38 @@ def hopper_bwd(
     """Write the gradients of q, k and v to ``grads``."""
     (batch, heads, length, dim), (_, key_heads, num_keys, _) = q.shape, k.shape
     block_m, block_n = picked.block_m, picked.block_n
-    tiles = triton.cdiv(length, block_m)
-    planes = batch * heads
+    tiles, key_tiles = triton.cdiv(length, block_m), triton.cdiv(num_keys, block_n)
+    planes, group = batch * heads, heads // key_heads
     stats = torch.empty((planes * tiles, 2 * block_m), dtype=torch.float32, device=q.device)
     dirty = torch.empty((batch, tiles), dtype=torch.int32, device=q.device)
-    # The ticket, then per tile of rows whose turn it is.
-    turns = (
-        torch.empty(planes * tiles + 1, dtype=torch.int32, device=q.device) if ordered else dirty
-    )
+    # The kernel before zeroes them, on the stream and for this launch alone.
+    counted = picked.ahead or picked.early
+    size = 1 + planes * tiles if ordered else (1 + 2 * planes) * counted
+    counts = torch.empty(size, dtype=torch.int32, device=q.device) if size else dirty
     sums = torch.empty((planes * tiles, block_m * dim), dtype=torch.float32, device=q.device)
     lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
     # Unless in order, the next two are launched before the one before them ends; each waits for it
     # where it first reads what that wrote (griddepcontrol).
     _prepare_kernel[(planes * tiles,)](
-        out, grad_out, lse, lse if grad_lse is None else grad_lse, stats, dirty, turns, sums,
+        out, grad_out, lse, lse if grad_lse is None else grad_lse, stats, dirty, counts, sums,
         (*out.stride()[:3], *grad_out.stride()[:3], *lse_strides), length,
         HEADS=heads, D=dim, BLOCK_M=block_m, HAS_GRAD_LSE=grad_lse is not None, ORDERED=ordered,
-        num_warps=8,
+        ZEROED=picked.section * group * picked.ahead, COUNTED=counted, num_warps=8,
     )  # fmt: skip
-    bounds = (*zip(*by_sample(row_start, row_end), strict=True), dirty, turns)
+    bounds = (*zip(*by_sample(row_start, row_end), strict=True), dirty, counts)
     stats_desc = TensorDescriptor(
         stats, list(stats.shape), [2 * block_m, 1], [1, 2 * block_m], _STATISTICS
     )
-    _mixed_attention_bwd_hopper_kernel[(triton.cdiv(num_keys, block_n) * batch * key_heads,)](
+    _mixed_attention_bwd_hopper_kernel[(key_tiles * batch * key_heads,)](
         tile_descriptor(q, block_m), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
         tile_descriptor(grad_out, block_m), stats_desc, tile_descriptor(grads[1], block_n),
         tile_descriptor(grads[2], block_n), sums, bounds,
         (scale * LOG2_E, scale), num_keys, tiles,
-        HEADS=heads, GROUP=heads // key_heads, D=dim, ORDERED=ordered, num_warps=8,
+        HEADS=heads, GROUP=group, D=dim, ORDERED=ordered, num_warps=8,
         **picked.constants(), launch_pdl=not ordered,
     )  # fmt: skip
     _finish_kernel[(planes * tiles,)](
-        sums, grads[0], grads[0].stride()[:3], scale, length,
-        HEADS=heads, D=dim, BLOCK_M=block_m, TRANSPOSED=dim >= 128, ORDERED=ordered, num_warps=8,
-        launch_pdl=not ordered,
+        sums, grads[0], grads[0].stride()[:3], scale, length, counts, key_tiles,
+        HEADS=heads, GROUP=group, D=dim, BLOCK_M=block_m, TRANSPOSED=dim >= 128, ORDERED=ordered,
+        EARLY=picked.early, num_warps=8, launch_pdl=not ordered,
     )  # fmt: skip

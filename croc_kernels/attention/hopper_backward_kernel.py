@@ -7,7 +7,8 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .hopper import barrier, of_sample, tma_load, tma_store
+from .hopper import barrier, of_sample, tma_store
+from .hopper_backward_roles import _producer, _turnstile
 
 # Its name since triton 3.9.
 _PUBLIC: tl.constexpr = tl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -21,55 +22,6 @@ _ADD: tl.constexpr = tl.constexpr("""
     mov.b32 $0, 0;
 }
 """)
-_AWAIT: tl.constexpr = tl.constexpr("""
-{
-    .reg .b32 seen;
-    .reg .pred other;
-again:
-    ld.acquire.gpu.global.b32 seen, [$1];
-    setp.ne.b32 other, seen, $2;
-    @other bra again;
-    mov.b32 $0, 0;
-}
-""")
-_RELEASE: tl.constexpr = tl.constexpr("""
-{
-    .reg .b32 lane;
-    .reg .pred first;
-    mov.u32 lane, %laneid;
-    setp.eq.u32 first, lane, 0;
-    @first st.release.gpu.global.b32 [$1], $2;
-    mov.b32 $0, 0;
-}
-""")
-
-
-@gluon.jit
-def _producer(
-    q_desc, k_desc, v_desc, g_desc, stats_desc, q_smem, k_smem, v_smem, g_smem, stats_smem,
-    q_full, g_full, empty, kv_full, batch, key_head, key, first, past, num_tiles,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Bring K and V once, then Q, dO and their statistics tile by tile."""
-    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma_load(k_desc, [batch, key_head, key, 0], kv_full, k_smem)
-    tma_load(v_desc, [batch, key_head, key, 0], kv_full, v_smem)
-    step = 0
-    for member in range(GROUP):
-        head = key_head * GROUP + member
-        tile = (batch * HEADS + head) * num_tiles + first // BLOCK_M
-        for m in range(first, past, BLOCK_M):
-            slot = step % STAGES
-            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
-            bar = q_full.index(slot)
-            mbarrier.expect(bar, q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
-            tma_load(q_desc, [batch, head, m, 0], bar, q_smem.index(slot))
-            tma_load(stats_desc, [tile, 0], bar, stats_smem.index(slot))
-            bar = g_full.index(slot)
-            mbarrier.expect(bar, g_desc.block_type.nbytes)
-            tma_load(g_desc, [batch, head, m, 0], bar, g_smem.index(slot))
-            step += 1
-            tile += 1
 
 
 @gluon.jit
@@ -92,41 +44,6 @@ def _two_rows(smem, BLOCK_M: gl.constexpr):
         return smem.reinterpret(gl.float32, [2, BLOCK_M], flat)
     else:
         return smem._reinterpret(gl.float32, [2, BLOCK_M], flat)
-
-
-@gluon.jit
-def _turnstile(
-    turn_ptr, row_start, empty, ready, batch, key_head, key, first, past, num_keys, num_tiles,
-    HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, ORDERED: gl.constexpr,
-):  # fmt: skip
-    """Let the consumer add to a tile of dQ once the next tile of keys has; then pass the turn on.
-
-    In a warp of its own, so that the consumer never waits for its own additions to arrive. Nothing
-    to do unless ORDERED.
-    """
-    if ORDERED:
-        turn = key // BLOCK_N + 1
-        next_first = past
-        if key + BLOCK_N < num_keys:
-            next_first = gl.load(of_sample(row_start, batch) + key + BLOCK_N) // BLOCK_M * BLOCK_M
-        lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0
-        step = 0
-        for member in range(GROUP):
-            tile = (batch * HEADS + key_head * GROUP + member) * num_tiles + first // BLOCK_M
-            for m in range(first, past, BLOCK_M):
-                word = (turn_ptr + tile).to(gl.int64) + lanes.to(gl.int64)
-                before = gl.where(m < next_first, 0, turn + 1)
-                gl.inline_asm_elementwise(
-                    _AWAIT, "=r,l,r", [word, lanes + before], dtype=gl.int32, is_pure=False, pack=1
-                )
-                mbarrier.arrive(ready, count=1)
-                mbarrier.wait(empty.index(step % STAGES), (step // STAGES) & 1)
-                gl.inline_asm_elementwise(
-                    _RELEASE, "=r,l,r", [word, lanes + turn], dtype=gl.int32, is_pure=False, pack=1
-                )
-                step += 1
-                tile += 1
 
 
 @gluon.jit
@@ -175,7 +92,7 @@ def _add(dq, where, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.const
 def _step(
     dk, dv, state, dq_ptr, tiles, bars, limits, key_low, key_high, outer,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    ORDERED: gl.constexpr,
+    ORDERED: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One tile of rows: its part of dV, dK and dQ."""
     step, m, tile = state
@@ -239,6 +156,8 @@ def _step(
         dk = hopper.warpgroup_mma(ds16, q, dk, is_async=True)
     if ORDERED:
         mbarrier.wait(ready, step & 1)
+    if AHEAD:
+        mbarrier.wait(ready, 0)
     if SHARED:
         dq = hopper.warpgroup_mma_wait(2, [dq])
     else:
@@ -257,7 +176,7 @@ def _consumer(
     dk_desc, dv_desc, dq_ptr, bounds, tiles, bars, kv_full, batch, key_head, key, first, full,
     end_full, past, outer, scale, num_keys, num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """Products of one tile of keys with every tile of rows that sees some of it."""
     WR: gl.constexpr = 4 if D == 256 else 8
@@ -292,7 +211,7 @@ def _consumer(
         for m in range(first, past, BLOCK_M):
             dk, dv = _step(
                 dk, dv, (step, m, tile), dq_ptr, work, bars, limits, key_low, key_high, outer,
-                D, BLOCK_M, BLOCK_N, STAGES, ORDERED,
+                D, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD,
             )  # fmt: skip
             step += 1
             tile += 1
@@ -311,20 +230,27 @@ def _mixed_attention_bwd_hopper_kernel(
     num_keys, num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, ORDERED: gl.constexpr,
+    AHEAD: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_N, D) tile of dK and dV per program; dQ is added up in float32.
 
-    ``bounds``: row_start and row_end as in ``of_sample``, then what the kernel before wrote.
+    ``bounds``: row_start and row_end as in ``of_sample``, then what the kernel before wrote: tiles
+    with rows that see nothing, and zeros to count in (see ``_prepare_kernel``).
 
-    With ORDERED tile n of the keys waits at each tile of dQ for tile n + 1. That one has drawn its
-    ticket before, so it is running or done, and with a causal mask it is ahead anyway.
+    With ORDERED tile n of the keys waits at each tile of dQ for tile n + 1, which with a causal
+    mask is ahead anyway. With AHEAD the kernel before zeroed dQ of the first section alone, and
+    each program waits until those of the section before have zeroed its own. Who is waited for has
+    drawn a ticket before, so it is running or done. With EARLY the kernel after counts the programs
+    that are done.
     """
     outer, scale = factors
     tiles = (num_keys + BLOCK_N - 1) // BLOCK_N
     program = gl.program_id(0)
-    if ORDERED:
+    if AHEAD:
+        gdc_wait()
+    if ORDERED or AHEAD:
         program = gl.atomic_add(bounds[3], 1)
-    else:
+    if not (ORDERED or EARLY):
         gdc_launch_dependents()
     # SECTION heads take turns, those tiles first that most rows see under a causal mask.
     part = program // (tiles * SECTION)
@@ -368,9 +294,20 @@ def _mixed_attention_bwd_hopper_kernel(
     mbarrier.init(ready, count=1)
     hopper.fence_async_shared()
 
-    if not ORDERED:
+    if not (ORDERED or AHEAD):
         # The kernel before is done only now: nothing it wrote was read above.
         gdc_wait()
+    if EARLY:
+        # Now that all counts are zero.
+        gdc_launch_dependents()
+    ahead = (dq_ptr, bounds[3], 0, 0, 1, 0)
+    if AHEAD:
+        heads = gl.minimum(gl.num_programs(0) // tiles - (part + 1) * SECTION, SECTION)
+        ahead = (
+            dq_ptr + ((part + 1) * (SECTION * GROUP)).to(gl.int64) * num_tiles * (BLOCK_M * D),
+            bounds[3] + 1 + part, gl.where(part > 0, tiles * SECTION, 0), within, size * tiles,
+            gl.maximum(heads, 0) * (GROUP * num_tiles * (BLOCK_M * D // 512)),
+        )  # fmt: skip
     # The arguments are written out where they are used: a name for them would make the constexprs
     # values of the kernel.
     gl.warp_specialize(
@@ -380,7 +317,7 @@ def _mixed_attention_bwd_hopper_kernel(
                 (q_smem, k_smem, v_smem, g_smem, stats_smem, p_smem, ds_smem),
                 (q_full, g_full, empty, ready), kv_full, batch, key_head, key, first, full,
                 end_full, past, outer, scale, num_keys, num_tiles,
-                HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED,
+                HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, g_desc, stats_desc, q_smem, k_smem, v_smem, g_smem,
@@ -389,8 +326,14 @@ def _mixed_attention_bwd_hopper_kernel(
             )),
             (_turnstile, (
                 bounds[3] + 1, bounds[0], empty, ready, batch, key_head, key, first, past, num_keys,
-                num_tiles, HEADS, GROUP, BLOCK_M, BLOCK_N, STAGES, ORDERED,
+                num_tiles, HEADS, GROUP, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD, ahead,
             )),
         ],
         [1, 1], [24, 24],
     )  # fmt: skip
+    if EARLY:
+        # After all of this program's additions.
+        barrier()
+        heads = gl.num_programs(0) // tiles * GROUP
+        done = bounds[3] + 1 + heads + batch * (HEADS // GROUP) + key_head
+        gl.atomic_add(done, 1, sem="release")

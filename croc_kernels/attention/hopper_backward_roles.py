@@ -1,0 +1,124 @@
+"""Two warps beside the multiplying ones in the backward for sm_90: one brings tiles, one knows when
+dQ may be added to.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .hopper import barrier, of_sample, tma_load
+
+_AWAIT: tl.constexpr = tl.constexpr("""
+{
+    .reg .b32 seen;
+    .reg .pred other;
+again:
+    ld.acquire.gpu.global.b32 seen, [$1];
+    setp.ne.b32 other, seen, $2;
+    @other bra again;
+    mov.b32 $0, 0;
+}
+""")
+_RELEASE: tl.constexpr = tl.constexpr("""
+{
+    .reg .b32 lane;
+    .reg .pred first;
+    mov.u32 lane, %laneid;
+    setp.eq.u32 first, lane, 0;
+    @first st.release.gpu.global.b32 [$1], $2;
+    mov.b32 $0, 0;
+}
+""")
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, g_desc, stats_desc, q_smem, k_smem, v_smem, g_smem, stats_smem,
+    q_full, g_full, empty, kv_full, batch, key_head, key, first, past, num_tiles,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Bring K and V once, then Q, dO and their statistics tile by tile."""
+    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma_load(k_desc, [batch, key_head, key, 0], kv_full, k_smem)
+    tma_load(v_desc, [batch, key_head, key, 0], kv_full, v_smem)
+    step = 0
+    for member in range(GROUP):
+        head = key_head * GROUP + member
+        tile = (batch * HEADS + head) * num_tiles + first // BLOCK_M
+        for m in range(first, past, BLOCK_M):
+            slot = step % STAGES
+            mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
+            bar = q_full.index(slot)
+            mbarrier.expect(bar, q_desc.block_type.nbytes + stats_desc.block_type.nbytes)
+            tma_load(q_desc, [batch, head, m, 0], bar, q_smem.index(slot))
+            tma_load(stats_desc, [tile, 0], bar, stats_smem.index(slot))
+            bar = g_full.index(slot)
+            mbarrier.expect(bar, g_desc.block_type.nbytes)
+            tma_load(g_desc, [batch, head, m, 0], bar, g_smem.index(slot))
+            step += 1
+            tile += 1
+
+
+@gluon.jit
+def _await(pointer, value):
+    """Wait until a word is ``value``, and for what was written before it."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0
+    word = pointer.to(gl.int64) + lanes.to(gl.int64)
+    gl.inline_asm_elementwise(
+        _AWAIT, "=r,l,r", [word, lanes + value], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _zero_ahead(ready, ahead):
+    """Let the consumer add once the sums of its section are zero, then zero a share of the next
+    section's. Those waited for have drawn their tickets before.
+    """
+    next_ptr, zeroed_ptr, before, share, shares, pieces = ahead
+    if before > 0:
+        _await(zeroed_ptr - 1, before)
+    mbarrier.arrive(ready, count=1)
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
+    offs = gl.arange(0, 512, layout)
+    zero = gl.zeros([512], gl.float32, layout)
+    chunk = (pieces + shares - 1) // shares
+    for i in range(share * chunk, gl.minimum((share + 1) * chunk, pieces)):
+        gl.store(next_ptr + i.to(gl.int64) * 512 + offs, zero)
+    # Of all lanes' stores.
+    barrier()
+    gl.atomic_add(zeroed_ptr, 1, sem="release")
+
+
+@gluon.jit
+def _turnstile(
+    turn_ptr, row_start, empty, ready, batch, key_head, key, first, past, num_keys, num_tiles,
+    HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr, ahead,
+):  # fmt: skip
+    """Let the consumer add to a tile of dQ once the next tile of keys has; then pass the turn on.
+
+    In a warp of its own, so that the consumer never waits for its own additions to arrive. Nothing
+    to do unless ORDERED or AHEAD.
+    """
+    if AHEAD:
+        _zero_ahead(ready, ahead)
+    if ORDERED:
+        turn = key // BLOCK_N + 1
+        next_first = past
+        if key + BLOCK_N < num_keys:
+            next_first = gl.load(of_sample(row_start, batch) + key + BLOCK_N) // BLOCK_M * BLOCK_M
+        lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0
+        step = 0
+        for member in range(GROUP):
+            tile = (batch * HEADS + key_head * GROUP + member) * num_tiles + first // BLOCK_M
+            for m in range(first, past, BLOCK_M):
+                _await(turn_ptr + tile, gl.where(m < next_first, 0, turn + 1))
+                mbarrier.arrive(ready, count=1)
+                mbarrier.wait(empty.index(step % STAGES), (step // STAGES) & 1)
+                word = (turn_ptr + tile).to(gl.int64) + lanes.to(gl.int64)
+                gl.inline_asm_elementwise(
+                    _RELEASE, "=r,l,r", [word, lanes + turn], dtype=gl.int32, is_pure=False, pack=1
+                )
+                step += 1
+                tile += 1
