@@ -12,6 +12,7 @@
 // return at once.
 #pragma once
 
+#include "anneal.cuh"
 #include "certificate.cuh"
 
 namespace croc::gpu {
@@ -33,6 +34,7 @@ struct Plan {
   int threads;
   int groups;     // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
   int blocks;     // that bid for one problem, a cluster
+  int anneal;     // and that anneal it
   int many_rows;  // as in Arguments
 };
 
@@ -47,8 +49,9 @@ inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int mos
   State s;
   Plan plan{};
   plan.many_rows = many_rows;
-  plan.blocks = max_n < many_rows ? 1 : most_blocks;
-  while (plan.blocks > 1 && int64_t{plan.blocks} * batch > kBlocksAtOnce) plan.blocks /= 2;
+  plan.anneal = most_blocks;
+  while (plan.anneal > 1 && int64_t{plan.anneal} * batch > kBlocksAtOnce) plan.anneal /= 2;
+  plan.blocks = max_n < many_rows ? 1 : plan.anneal;
   plan.groups = max_m <= 4 * kPathThreads ? 1 : max_m <= 16 * kPathThreads ? 4 : 0;
   plan.threads = threads_for(ceil_div(max_m, 4), kPathThreads);
   plan.shared = s.carve(nullptr, max_n, max_m, plan.groups, plan.blocks);
@@ -86,6 +89,7 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     const dim3 rows_and_slack(a.batch, rows.y + 1);
     const int stripe_threads =
         threads_for(4 * a.max_n(), kStripeThreads);  // a warp: 8 rows or more
+    const int anneal_threads = threads_for(a.max_m() / 2, kAnnealThreads);
     const int problem_threads = threads_for(a.max_m() / 2, kProblemThreads);
     launch(column_means<T>, stripes, stripe_threads, 0, a);
     launch(start_from_means<T>, problems, problem_threads, 0, a);
@@ -100,6 +104,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(start_from_sinkhorn<T>, problems, problem_threads, 0, a);
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
+    launch(anneal<T>, dim3(a.batch, plan.anneal), anneal_threads, 0, a, plan.anneal);
+    launch(nearest_again<T>, rows, kRowThreads, 0, a);
     launch(matching_kernel<T>(plan), dim3(a.batch, plan.blocks), plan.threads, plan.shared, a,
            plan.blocks);
     launch(measure_slack<T>, rows, kRowThreads, 0, a);
