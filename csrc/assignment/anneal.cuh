@@ -15,13 +15,13 @@
 
 namespace croc::gpu {
 
-constexpr int kAnnealThreads = 1024;
+constexpr int kAnnealThreads = 512;
 constexpr int kAnnealRows = 208;        // fewer are matched faster than annealed
 constexpr int kAnnealColumns = 1 << 15;  // more have no room in what follows
 constexpr int kCrowded = 3;             // more than n / 3 rows are not alone, or first in line
-constexpr double kHottest = 64.0;       // times the temperature of the first steps
-constexpr int kHalvings = 8;            // of it
-constexpr int kStepsEach = 4;           // at every temperature
+constexpr double kHottest = 16.0;       // times the temperature of the first steps
+constexpr int kHalvings = 5;            // of it
+constexpr int kStepsEach = 6;           // at every temperature
 constexpr double kRelaxed = 1.5;        // how far beyond its new value a potential goes
 constexpr int kParts = 16;              // of the rows: part k has every 16th, from k on
 constexpr int kMassSteps = 8;           // of Newton's method, at most
@@ -37,7 +37,8 @@ struct AnnealState {
   T* demand;         // (padded m) and what the rows alone would make of them, negated
   int pitch, page;
 
-  __device__ AnnealState(const Problem<T>& p, Team team) : pitch(padded(p.m)), page(0) {
+  __device__ AnnealState(const Problem<T>& p, Team team, int page)
+      : pitch(padded(p.m)), page(page) {
     void* room = p.slots > 0 ? p.work.copies : p.work.level;
     Carver carver{static_cast<unsigned char*>(room)};
     sums = carver.take<float>(int64_t{2} * kParts * pitch);
@@ -78,9 +79,13 @@ __device__ bool crowded(const Problem<T>& p) {
   return kCrowded * (p.n - block_count(served, 0)) > p.n;
 }
 
+// The three phases of a step are not inlined, so that each has the registers to itself.
 template <class T>
-__device__ void anneal_rows(const Problem<T>& p, const AnnealState<T>& state, Parts parts, T scale,
-                            double temperature) {
+__device__ CROC_NOINLINE void anneal_rows(Arguments a, double temperature) {
+  const Problem<T> p(a);
+  const AnnealState<T> state(p, Team::all(), 0);
+  const Parts parts(Team::all());
+  const T scale = static_cast<T>(1.0 / temperature);
   for (int k = warp_id();; k += warp_count()) {
     const int row = parts.of(k % parts.count) + kParts * (k / parts.count);
     if (kParts * (k / parts.count) >= p.n) break;
@@ -101,8 +106,11 @@ __device__ void anneal_rows(const Problem<T>& p, const AnnealState<T>& state, Pa
 
 // Of each column what a part's rows send there. No exponent is positive, as in sinkhorn_columns.
 template <class T>
-__device__ void anneal_columns(const Problem<T>& p, const AnnealState<T>& state, Parts parts,
-                               T scale) {
+__device__ CROC_NOINLINE void anneal_columns(Arguments a, double temperature, int page) {
+  const Problem<T> p(a);
+  const AnnealState<T> state(p, Team::all(), page);
+  const Parts parts(Team::all());
+  const T scale = static_cast<T>(1.0 / temperature);
   const auto each = [&](int part, int first, auto load) {
     T g[4];
     four(state.potential, first, g);
@@ -185,8 +193,9 @@ __device__ double leftover_potential(const AnnealState<T>& state, int n, int m,
 
 // Potentials of the columns from the parts' sums, in the same way by every block.
 template <class T>
-__device__ void anneal_potentials(const Problem<T>& p, const AnnealState<T>& state,
-                                  double temperature) {
+__device__ CROC_NOINLINE void anneal_potentials(Arguments a, double temperature, int page) {
+  const Problem<T> p(a);
+  const AnnealState<T> state(p, Team::all(), page);
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) {
     float total = 0.0f;
 #pragma unroll
@@ -216,23 +225,20 @@ __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
   double temperature = kHottest * p.scalars().temperature;
   if (!(temperature > 0.0) || !crowded(p)) return;
   const Team team = Team::all();
-  const Parts parts(team);
-  AnnealState<T> state(p, team);
+  const AnnealState<T> state(p, team, 0);
   for (int j = threadIdx.x; j < state.pitch; j += blockDim.x)
     state.potential[j] = static_cast<T>(p.work.v[j]);
   __syncthreads();
-  for (int level = 0; level <= kHalvings; ++level, temperature *= 0.5) {
-    const T scale = static_cast<T>(1.0 / temperature);
-    for (int step = 0; step < kStepsEach; ++step) {
-      anneal_rows(p, state, parts, scale, temperature);
-      anneal_columns(p, state, parts, scale);
-      team.wait();
-      anneal_potentials(p, state, temperature);
-      state.page ^= 1;
-    }
+  const int steps = (kHalvings + 1) * kStepsEach;
+  for (int step = 0; step < steps; ++step) {
+    if (step > 0 && step % kStepsEach == 0) temperature *= 0.5;
+    anneal_rows<T>(a, temperature);
+    anneal_columns<T>(a, temperature, step & 1);
+    team.wait();
+    anneal_potentials<T>(a, temperature, step & 1);
   }
   if (team.rank != 0) return;
-  count(p.scalars(), kAnnealSteps, (kHalvings + 1) * kStepsEach);
+  count(p.scalars(), kAnnealSteps, steps);
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.potential()[j] = state.potential[j];
   __syncthreads();
   threshold(p);

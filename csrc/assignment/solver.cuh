@@ -89,7 +89,7 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     const dim3 rows_and_slack(a.batch, rows.y + 1);
     const int stripe_threads =
         threads_for(4 * a.max_n(), kStripeThreads);  // a warp: 8 rows or more
-    const int anneal_threads = threads_for(a.max_m() / 2, kAnnealThreads);
+    const int anneal_threads = threads_for(a.max_m() / 4, kAnnealThreads);
     const int problem_threads = threads_for(a.max_m() / 2, kProblemThreads);
     launch(column_means<T>, stripes, stripe_threads, 0, a);
     launch(start_from_means<T>, problems, problem_threads, 0, a);
