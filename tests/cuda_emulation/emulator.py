@@ -86,7 +86,8 @@ def solve(
 ) -> Solution:
     """Solve (B, N, M) float32 or float64 costs; ``seed`` shuffles the schedule, 0 does not.
 
-    ``blocks`` bid for a problem as a cluster, as if it had many rows; 0: what the size asks for.
+    ``blocks`` bid for a problem as a cluster, as if it had many rows; 0: what the size asks for;
+    below 0: the same where a cluster has at most ``-blocks``.
 
     Raises:
         RuntimeError: the emulation met something a GPU leaves undefined.
