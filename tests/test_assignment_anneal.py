@@ -22,10 +22,10 @@ def solve_with_all_sizes(cost: np.ndarray) -> emulator.Solution:
 @pytest.mark.parametrize(
     ("family", "n", "m", "dtype"),
     [
-        pytest.param("product", 210, 300, np.float32, id="product"),
-        pytest.param("low_rank", 208, 208, np.float64, id="square"),
-        pytest.param("low_rank", 215, 331, np.float32, id="unaligned"),
-        pytest.param("init_tight", 208, 420, np.float64, id="fp64"),
+        pytest.param("product", 272, 300, np.float32, id="product"),
+        pytest.param("low_rank", 272, 272, np.float64, id="square"),
+        pytest.param("low_rank", 275, 331, np.float32, id="unaligned"),
+        pytest.param("init_tight", 272, 420, np.float64, id="fp64"),
     ],
 )
 def test_emulated_anneal_same_bits(family: str, n: int, m: int, dtype: type) -> None:
@@ -36,23 +36,23 @@ def test_emulated_anneal_same_bits(family: str, n: int, m: int, dtype: type) -> 
 @needs_compiler
 def test_emulated_anneal_swapped_ragged() -> None:
     """Read through swapped strides, and with rows that are not looked at."""
-    cost = make("product", 210, 260, 0)
+    cost = make("product", 272, 290, 0)
     swapped = solve_with_all_sizes(cost.T[None].copy())
     assert swapped.counters[0]["anneal_steps"] > 0
-    batch = np.full((2, 230, 260), np.nan, np.float32)
-    batch[:, :210] = cost
-    rows = np.array([210, 60], np.int64)
+    batch = np.full((2, 280, 290), np.nan, np.float32)
+    batch[:, :272] = cost
+    rows = np.array([272, 60], np.int64)
     ragged = emulator.solve(batch, rows, seed=1)
     check(batch, ragged, rows, False)
     alone = emulator.solve(cost[None])
-    np.testing.assert_array_equal(ragged.index[0, :210], alone.index[0])
+    np.testing.assert_array_equal(ragged.index[0, :272], alone.index[0])
     assert [c["anneal_steps"] > 0 for c in ragged.counters] == [True, False]
 
 
 @needs_compiler
 @pytest.mark.parametrize("family", ["uniform", "column_offsets", "constant", "infinite"])
 def test_emulated_anneal_not_for_rows_that_are_served(family: str) -> None:
-    solution = emulator.solve(make(family, 220, 500, 0)[None], seed=1)
+    solution = emulator.solve(make(family, 280, 500, 0)[None], seed=1)
     assert solution.counters[0]["anneal_steps"] == 0
 
 

@@ -75,7 +75,7 @@ int main(int argc, char** argv) {
   }
   ok = run("product", 200, 400, 227 * 1024, most) && ok;  // the auction
   for (int blocks : {-1, -3})                             // the second start
-    ok = run("product", 208, 240, 227 * 1024, most, blocks) && ok;
+    ok = run("product", 272, 276, 227 * 1024, most, blocks) && ok;
   for (int blocks : {2, 3}) {                             // and that of a cluster
     ok = run("equal rows", 60, 90, 227 * 1024, most, blocks) && ok;
     ok = run("equal rows", 90, 60, 227 * 1024, most, blocks) && ok;
