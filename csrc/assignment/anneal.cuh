@@ -10,7 +10,7 @@
 // kParts parts whose sums are added in one order.
 #pragma once
 
-#include "cluster.cuh"
+#include "levels.cuh"
 #include "nearest.cuh"
 
 namespace croc::gpu {
@@ -248,11 +248,17 @@ __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
     team.wait();
     anneal_potentials<T>(a, temperature, cooling.relaxed, step & 1);
   }
-  if (team.rank != 0) return;
-  count(p.scalars(), kAnnealSteps, steps);
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.potential()[j] = state.potential[j];
-  __syncthreads();
-  threshold(p);
+  if (team.rank == 0) {
+    count(p.scalars(), kAnnealSteps, steps);
+    for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.potential()[j] = state.potential[j];
+    __syncthreads();
+    threshold(p);
+  }
+  // With many rows the auction made the levels; the reverse pass needs them without it, too.
+  if (!p.many || p.swapped) return;
+  team.wait();
+  make_levels(p.costs, p.levels(a, true), team);
+  if (team.rank == 0 && threadIdx.x == 0) p.scalars().with_levels = 1;
 }
 
 // Grid (batch, rows / warps): nearest_columns again where the start is another now.
