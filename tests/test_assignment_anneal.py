@@ -67,3 +67,15 @@ def test_emulated_anneal_shortens_the_rest() -> None:
     assert counters["rounds"] < 100
     assert counters["reverse_rounds"] == 0
     assert counters["row_steps"] + counters["column_steps"] < 1500
+
+
+@needs_compiler
+def test_emulated_anneal_many_rows() -> None:
+    """As if these were many: the reverse pass then reads levels, which no auction has made."""
+    cost = make("product", 272, 280, 0)[None]
+    first, *others = (emulator.solve(cost, blocks=blocks, seed=blocks) for blocks in (1, 3))
+    check(cost, first, None, False)
+    assert first.counters[0]["anneal_steps"] > 0
+    for other in others:
+        for a, b in zip(first.arrays(), other.arrays(), strict=True):
+            np.testing.assert_array_equal(a, b)

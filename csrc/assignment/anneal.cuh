@@ -33,7 +33,7 @@ struct Cooling {
 
 // Where nearly all columns get a row, the few that do not settle slowly.
 __device__ inline Cooling cooling_for(bool many_rows) {
-  return many_rows ? Cooling{16.0, 6, 16, 1.8} : Cooling{16.0, 5, 6, 1.5};
+  return many_rows ? Cooling{16.0, 6, 16, 1.8} : Cooling{16.0, 6, 6, 1.5};
 }
 
 // What the blocks write: sums of two steps in turn, since a block may begin the next step while
