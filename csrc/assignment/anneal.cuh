@@ -23,22 +23,16 @@ constexpr int kParts = 16;               // of the rows: part k has every 16th, 
 constexpr int kMassSteps = 8;            // of Newton's method, at most
 constexpr double kMassPrecision = 0.02;  // of s, in temperatures
 
-// From a temperature of `hottest` times that of the first steps on it falls by half, so many
-// times, with `steps` at each; a potential goes `relaxed` times as far as to its new value.
-struct Cooling {
-  double hottest;
-  int halvings, steps;
-  double relaxed;
-};
-
-// Where nearly all columns get a row, the few that do not settle slowly.
-__device__ inline Cooling cooling_for(bool many_rows) {
-  return many_rows ? Cooling{16.0, 6, 16, 1.8} : Cooling{16.0, 6, 6, 1.5};
-}
+// From a temperature of kHottest times that of the first steps on it falls by half, so many times,
+// with kSteps at each; a potential goes kRelaxed times as far as to its new value.
+constexpr double kHottest = 16.0;
+constexpr int kHalvings = 6, kSteps = 6;
+constexpr double kRelaxed = 1.5;
 
 // What the blocks write: sums of two steps in turn, since a block may begin the next step while
-// another still reads this one's. The copies of columns, or the levels, come later: their memory is
-// free. It takes 192 bytes per column in float32 and 256 in float64; both have at least n.
+// another still reads this one's. The copies of columns, or the levels where others of the batch
+// have many rows, come later: their memory is free. It takes 192 bytes per column in float32 and
+// 256 in float64; both have at least n.
 template <class T>
 struct AnnealState {
   float* sums;       // (2, kParts, padded m)
@@ -202,8 +196,7 @@ __device__ double leftover_potential(const AnnealState<T>& state, int n, int m,
 
 // Potentials of the columns from the parts' sums, in the same way by every block.
 template <class T>
-__device__ CROC_NOINLINE void anneal_potentials(Arguments a, double temperature, double relaxed,
-                                               int page) {
+__device__ CROC_NOINLINE void anneal_potentials(Arguments a, double temperature, int page) {
   const Problem<T> p(a);
   const AnnealState<T> state(p, Team::all(), page);
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) {
@@ -222,7 +215,7 @@ __device__ CROC_NOINLINE void anneal_potentials(Arguments a, double temperature,
       next = -fmax(above, 0.0) - temperature * static_cast<double>(__logf(1.0f + far));
     }
     const double before = static_cast<double>(state.potential[j]);
-    state.potential[j] = static_cast<T>(before + relaxed * (next - before));
+    state.potential[j] = static_cast<T>(before + kRelaxed * (next - before));
   }
   __syncthreads();
 }
@@ -231,34 +224,27 @@ __device__ CROC_NOINLINE void anneal_potentials(Arguments a, double temperature,
 template <class T>
 __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
   const Problem<T> p(a);
-  if (p.failed() || p.n < kAnnealRows || p.m > kAnnealColumns) return;
-  const Cooling cooling = cooling_for(p.many);
-  double temperature = cooling.hottest * p.scalars().temperature;
+  if (p.failed() || p.many || p.n < kAnnealRows || p.m > kAnnealColumns) return;
+  double temperature = kHottest * p.scalars().temperature;
   if (!(temperature > 0.0) || !crowded(p)) return;
   const Team team = Team::all();
   const AnnealState<T> state(p, team, 0);
   for (int j = threadIdx.x; j < state.pitch; j += blockDim.x)
     state.potential[j] = static_cast<T>(p.work.v[j]);
   __syncthreads();
-  const int steps = (cooling.halvings + 1) * cooling.steps;
-  for (int step = 0; step < steps; ++step) {
-    if (step > 0 && step % cooling.steps == 0) temperature *= 0.5;
+  constexpr int kAll = (kHalvings + 1) * kSteps;
+  for (int step = 0; step < kAll; ++step) {
+    if (step > 0 && step % kSteps == 0) temperature *= 0.5;
     anneal_rows<T>(a, temperature);
     anneal_columns<T>(a, temperature, step & 1);
     team.wait();
-    anneal_potentials<T>(a, temperature, cooling.relaxed, step & 1);
+    anneal_potentials<T>(a, temperature, step & 1);
   }
-  if (team.rank == 0) {
-    count(p.scalars(), kAnnealSteps, steps);
-    for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.potential()[j] = state.potential[j];
-    __syncthreads();
-    threshold(p);
-  }
-  // With many rows the auction made the levels; the reverse pass needs them without it, too.
-  if (!p.many || p.swapped) return;
-  team.wait();
-  make_levels(p.costs, p.levels(a, true), team);
-  if (team.rank == 0 && threadIdx.x == 0) p.scalars().with_levels = 1;
+  if (team.rank != 0) return;
+  count(p.scalars(), kAnnealSteps, kAll);
+  for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.potential()[j] = state.potential[j];
+  __syncthreads();
+  threshold(p);
 }
 
 // Grid (batch, rows / warps): nearest_columns again where the start is another now.

@@ -41,7 +41,7 @@ struct Plan {
 // Most bytes of shared memory that a kernel declares itself: the slots of searches and reductions.
 constexpr int kStaticShared = 6 * 1024;
 
-constexpr int kBlocksAtOnce = 128;  // of clusters, on an H100: 16 of 8, 32 of 4
+constexpr int kBlocksAtOnce = 128;  // of clusters, of an H100's 132: launch.cuh asks how many fit
 
 // `most_blocks` that a cluster may have; 1: the device knows none. No result depends on how many.
 inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int most_blocks,
@@ -50,7 +50,7 @@ inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int mos
   Plan plan{};
   plan.many_rows = many_rows;
   plan.anneal = most_blocks;
-  while (plan.anneal > 1 && int64_t{plan.anneal} * batch > kBlocksAtOnce) plan.anneal /= 2;
+  while (plan.anneal > 1 && int64_t{plan.anneal} * batch > kBlocksAtOnce) --plan.anneal;
   plan.blocks = max_n < many_rows ? 1 : plan.anneal;
   plan.groups = max_m <= 4 * kPathThreads ? 1 : max_m <= 16 * kPathThreads ? 4 : 0;
   plan.threads = threads_for(ceil_div(max_m, 4), kPathThreads);
