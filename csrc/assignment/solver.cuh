@@ -89,7 +89,6 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     const dim3 rows_and_slack(a.batch, rows.y + 1);
     const int stripe_threads =
         threads_for(4 * a.max_n(), kStripeThreads);  // a warp: 8 rows or more
-    const int anneal_threads = threads_for(a.max_m() / 4, kAnnealThreads);
     const int problem_threads = threads_for(a.max_m() / 2, kProblemThreads);
     launch(column_means<T>, stripes, stripe_threads, 0, a);
     launch(start_from_means<T>, problems, problem_threads, 0, a);
@@ -104,7 +103,7 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(start_from_sinkhorn<T>, problems, problem_threads, 0, a);
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
-    launch(anneal<T>, dim3(a.batch, plan.anneal), anneal_threads, 0, a, plan.anneal);
+    launch(anneal<T>, dim3(a.batch, plan.anneal), kAnnealThreads, 0, a, plan.anneal);
     launch(nearest_again<T>, rows, kRowThreads, 0, a);
     launch(matching_kernel<T>(plan), dim3(a.batch, plan.blocks), plan.threads, plan.shared, a,
            plan.blocks);
