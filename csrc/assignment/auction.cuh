@@ -13,15 +13,16 @@ constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
 constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
 
-// epsilon = the costs' local scale times `first`, and `fall` times the one before. Few priced
-// columns left by a phase, and few free rows by the last one, are cheaper in what follows.
+// epsilon = the costs' local scale times `first`, and `fall` times the one before. The last few free
+// rows and priced columns of a phase go round for hundreds of rounds; the next phase, or a search
+// each, takes less.
 struct Schedule {
   double first, fall;
-  int phases, priced, last_priced, last_free;
+  int phases, free, priced, last_priced;
 };
 
 __device__ inline Schedule schedule_for(bool many_rows) {
-  return many_rows ? Schedule{2.0, 0.125, 3, 2, 4, 8} : Schedule{1.0, 0.25, 4, 0, 0, 0};
+  return many_rows ? Schedule{2.0, 0.125, 3, 24, 2, 4} : Schedule{1.0, 0.25, 4, 0, 0, 0};
 }
 
 struct Offer {
@@ -278,10 +279,9 @@ __device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, 
   double epsilon = -on_grid(-schedule.first * p.scalars().spread, p.scalars());
   for (int phase = 0; phase < schedule.phases && epsilon > 0.0; ++phase) {
     const bool last = phase + 1 == schedule.phases;
-    const int free = last ? schedule.last_free : 0;
     int left = kAuctionRounds;
     const bool done =
-        bid(p, s, team, epsilon, left, free, p.n) <= free &&
+        bid(p, s, team, epsilon, left, schedule.free, p.n) <= schedule.free &&
         bid_columns(p, levels, s, team, epsilon, last ? schedule.last_priced : schedule.priced);
     epsilon = done && !last ? -on_grid(-schedule.fall * epsilon, p.scalars()) : 0.0;
     drop_loose_pairs(p.costs, p.lists(), s, team, epsilon);

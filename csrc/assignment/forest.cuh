@@ -48,7 +48,7 @@ __device__ unsigned ends_within(const Graph& graph, const Nodes& nodes, double d
 #pragma unroll
   for (int g = 0; g < nodes.groups(); ++g) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < Graph::kWidth; ++k) {
       const int node = graph.node(g, k);
       ends += node < graph.count() && graph.s.row_of[node] < 0 && graph.s.reach[node] <= distance;
     }
@@ -59,10 +59,12 @@ __device__ unsigned ends_within(const Graph& graph, const Nodes& nodes, double d
 // Shortest paths from the listed rows until `wanted` unmatched columns are in reach.
 template <class T, int kGroups, bool kVectors>
 __device__ Forest grow(const Costs<T>& costs, const State& s, int count, int wanted) {
-  constexpr int kAtOnce = Nodes<T, kGroups>::kAtOnce;
+  using Graph = ForestGraph<T, kVectors>;
+  using Its = Nodes<T, kGroups, Graph::kWidth>;
+  constexpr int kAtOnce = Its::kAtOnce;
   SearchSlots& slots = search_slots();
-  const ForestGraph<T, kVectors> graph{{costs, s}};
-  Nodes<T, kGroups> nodes(s, graph.count());
+  const Graph graph{{costs, s}};
+  Its nodes(s, graph.count());
   forget(graph, nodes, infinity());
   Front<kAtOnce> front;
   Forest forest{infinity(), count, (count + kAtOnce - 1) / kAtOnce};

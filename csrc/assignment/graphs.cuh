@@ -8,14 +8,14 @@ namespace croc::gpu {
 __device__ inline float sum_down(float sign, float x, float y) { return __fmaf_rd(sign, x, y); }
 __device__ inline double sum_down(double sign, double x, double y) { return __fma_rd(sign, x, y); }
 
-// A thread's nodes, kGroups fours of them, of each a limit and a key. A node comes nearer only
-// where base + cost, rounded down, is not above its limit. The key is a lower bound of its distance
-// while it waits to be read, else +inf.
-template <class T, int kGroups>
+// A thread's nodes, kGroups times kWidth of them, of each a limit and a key. A node comes nearer
+// only where base + cost, rounded down, is not above its limit. The key is a lower bound of its
+// distance while it waits to be read, else +inf.
+template <class T, int kGroups, int kWidth>
 struct Nodes {
   static constexpr int kAtOnce = kGroups == 1 ? 4 : 1;  // nodes read per step: registers
-  T limits[kGroups][4];
-  float keys[kGroups][4];
+  T limits[kGroups][kWidth];
+  float keys[kGroups][kWidth];
 
   __device__ Nodes(const State&, int) {}
   __device__ static constexpr int groups() { return kGroups; }
@@ -27,16 +27,16 @@ struct Nodes {
  private:
   // Registers have no index: every entry is written, all but one with itself.
   template <class Value>
-  __device__ static void set(Value (&values)[kGroups][4], int g, int k, Value x) {
+  __device__ static void set(Value (&values)[kGroups][kWidth], int g, int k, Value x) {
 #pragma unroll
-    for (int i = 0; i < 4 * kGroups; ++i)
-      values[i / 4][i % 4] = i == 4 * g + k ? x : values[i / 4][i % 4];
+    for (int i = 0; i < kWidth * kGroups; ++i)
+      values[i / kWidth][i % kWidth] = i == kWidth * g + k ? x : values[i / kWidth][i % kWidth];
   }
 };
 
 // Any number of them, in the workspace.
 template <class T>
-struct Nodes<T, 0> {
+struct Nodes<T, 0, 4> {
   static constexpr int kAtOnce = 1;
   T* limits;
   float* keys;
@@ -88,6 +88,7 @@ __device__ inline bool owns_fours(int node, int& g, int& k) {
 template <class T, bool kVectors>
 struct RowGraph {
   using Four = FourCosts<T>;
+  static constexpr int kWidth = 4;
   const Costs<T>& costs;
   const State& s;
 
@@ -120,9 +121,11 @@ struct RowGraph {
 };
 
 // From a column to the rows, each of which leads to its column, whose dual may end the rise.
-template <class T>
+// kNodes of a thread's four can exist: 1 if there are no more rows than threads.
+template <class T, int kNodes>
 struct ColumnGraph {
   using Four = FourCosts<T>;
+  static constexpr int kWidth = kNodes;
   const Costs<T>& costs;
   const State& s;
   T* copies;
@@ -141,11 +144,15 @@ struct ColumnGraph {
   __device__ double dual_of(int column) const { return s.v[column]; }
   __device__ double dual(int node) const { return s.u[node]; }
   __device__ double relief(int node) const { return -s.v[s.column_of[node]]; }
-  __device__ double cost(int column, int node) const { return costs.at(node, column); }
+  __device__ double cost(int column, int node) const {
+    if constexpr (kWidth > 1) return costs.at(node, column);
+    const Column<T> entries(costs, s, copies, column);  // where it has just been read
+    return static_cast<double>(costs.sign * entries.from[node * entries.stride]);
+  }
   __device__ void read(int column, int g, Four& four) const {
     const Column<T> entries(costs, s, copies, column);
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < kWidth; ++k)
       if (node(g, k) < costs.n) four.x[k] = entries.from[node(g, k) * entries.stride];
   }
   // What has been read, once all of a step has been: a load waits for the stores before it.
@@ -153,7 +160,7 @@ struct ColumnGraph {
     const Column<T> entries(costs, s, copies, column);
     if (entries.to == nullptr) return;
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < kWidth; ++k)
       if (node(g, k) < costs.n) entries.to[node(g, k)] = four.x[k];
     if (g == 0) remember(column);
   }
@@ -166,7 +173,7 @@ struct ColumnGraph {
 
 // The same, read from the columns' levels: four rows lie together.
 template <class T>
-struct LevelGraph : ColumnGraph<T> {
+struct LevelGraph : ColumnGraph<T, 4> {
   using Four = FourLevels<T>;
   Levels<T> levels;
 

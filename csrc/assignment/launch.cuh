@@ -1,6 +1,10 @@
 // How a kernel of the solver is launched on a device, for assignment.cu and the benchmarks.
 #pragma once
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 #include "solver.cuh"
 
 namespace croc::gpu {
@@ -13,8 +17,29 @@ inline cudaError_t most_blocks(int device, int& most) {
   return error;
 }
 
-// `cluster` blocks along the grid's y axis, all of it, are one cluster. No result depends on how
-// many they are.
+// Whether so many clusters run at once, each of as many blocks as the grid has along y. A part of a
+// device may have no room for so many blocks side by side. Asked once per kernel and shape.
+inline cudaError_t clusters_at_once(void (*kernel)(Arguments), const cudaLaunchConfig_t& config,
+                                    int& fit) {
+  static std::mutex lock;
+  static std::map<std::tuple<int, void (*)(Arguments), unsigned, unsigned, size_t>, int> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> guard(lock);
+  const auto place = known.try_emplace(
+      {device, kernel, config.gridDim.y, config.blockDim.x, config.dynamicSmemBytes}, -1).first;
+  if (place->second < 0) {
+    error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
+    if (error != cudaSuccess) return error;
+    place->second = fit;
+  }
+  fit = place->second;
+  return cudaSuccess;
+}
+
+// `cluster` blocks along the grid's y axis, all of it, are one cluster: fewer where they would wait
+// for each other. No result depends on how many they are.
 inline cudaError_t launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
                                  int cluster, cudaStream_t stream, const Arguments& arguments) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
@@ -30,14 +55,13 @@ inline cudaError_t launch_kernel(void (*kernel)(Arguments), dim3 grid, int threa
   cudaLaunchAttribute together{};
   together.id = cudaLaunchAttributeClusterDimension;
   config.attrs = &together;
-  // A part of a device may have no room for so many blocks side by side.
-  for (; cluster > 1; cluster /= 2) {
+  for (; cluster > 1; --cluster) {
     together.val.clusterDim = {1, static_cast<unsigned>(cluster), 1};
     config.gridDim.y = cluster, config.numAttrs = 1;
     int fit = 0;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
+    const cudaError_t error = clusters_at_once(kernel, config, fit);
     if (error != cudaSuccess) return error;
-    if (fit > 0) break;
+    if (fit >= static_cast<int>(grid.x)) break;
     config.gridDim.y = 1, config.numAttrs = 0;
   }
   return cudaLaunchKernelEx(&config, kernel, arguments);

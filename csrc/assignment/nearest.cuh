@@ -14,8 +14,7 @@ __device__ inline unsigned folded_bits(double x) {
 // Grid (batch, rows / warps): u = min(c - v) and its column, and a hash of the row. Ties go to
 // columns that differ between rows, or equal rows would all ask for the same one. Lists the row.
 template <class T>
-__global__ void nearest_columns(Arguments a) {
-  const Problem<T> p(a);
+__device__ void find_nearest(const Problem<T>& p) {
   const int row = row_of_warp();
   if (row >= p.n || p.failed()) return;
   const int turn = rotation(row, p.m);
@@ -46,6 +45,11 @@ __global__ void nearest_columns(Arguments a) {
   p.work.column_of[row] = unrotated(found.key, turn, p.m);
   if (!is_finite(from_ordered(found.value)))
     atomicMax(&p.scalars().status, static_cast<int>(kInfeasible));
+}
+
+template <class T>
+__global__ void nearest_columns(Arguments a) {
+  find_nearest(Problem<T>(a));
 }
 
 // Grid (batch, rows / warps): twin = the first row with the same costs, the row itself if there is

@@ -34,6 +34,17 @@ __device__ T greater(T x, T y) {
   return x > y ? x : y;
 }
 
+// 2^x; what is below the least normal number is 0.
+__device__ inline float power_of_two(float x) {
+#ifdef CROC_EMULATION
+  return std::exp2(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) & (kWarp - 1); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ inline int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }

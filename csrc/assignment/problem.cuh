@@ -12,6 +12,7 @@ enum Status : int { kOk = 0, kInvalid = 1, kInfeasible = 2, kCapped = 3 };
 
 // Where a phase's work went; read by benchmarks and by the emulation's tests.
 enum Counter {
+  kAnnealSteps,    // of the second start, see anneal.cuh
   kRounds,         // of bidding by rows
   kBids,           // in them
   kReverseRounds,  // of bidding by columns, in the auction

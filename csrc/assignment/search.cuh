@@ -45,12 +45,12 @@ struct Front {
   double distance[kAtOnce];
 };
 
-// The nodes of four that a path through the node just read may bring nearer.
-template <class T, class Nodes, class Four>
+// The nodes of kWidth that a path through the node just read may bring nearer.
+template <int kWidth, class T, class Nodes, class Four>
 __device__ unsigned promising(const Nodes& nodes, int g, T sign, T base, const Four& four) {
   unsigned found = 0;
 #pragma unroll
-  for (int k = 0; k < 4; ++k)
+  for (int k = 0; k < kWidth; ++k)
     if (four.sum(sign, k, base) <= nodes.limit(g, k)) found |= 1u << k;
   return found;
 }
@@ -89,7 +89,7 @@ __device__ Waiting nearest_node(const Graph& graph, const Nodes& nodes) {
 #pragma unroll
   for (int g = 0; g < nodes.groups(); ++g) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < Graph::kWidth; ++k)
       if (nodes.key(g, k) < least) least = nodes.key(g, k), node = graph.node(g, k);
   }
   return {0.0, __float_as_uint(least), node};
@@ -122,8 +122,9 @@ __device__ bool choose_front(const Graph& graph, Nodes& nodes, const Waiting* of
 
 // Reads the nodes of the front; returns the nearest end that this thread knows.
 template <class T, int kGroups, class Graph, int kAtOnce>
-__device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
+__device__ double read_front(const Graph& graph, Nodes<T, kGroups, Graph::kWidth>& nodes,
                              const Front<kAtOnce>& front, double lowest) {
+  constexpr int kWidth = Graph::kWidth;
   const T sign = graph.costs.sign;
   const auto base_of = [&](int w) {
     return rounded_down(T(), front.distance[w] - graph.dual_of(front.from[w]));
@@ -134,7 +135,8 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
       typename Graph::Four four;
       graph.read(front.from[0], g, four);
       graph.keep(front.from[0], g, four);
-      for (unsigned rest = promising(nodes, g, sign, base, four); rest != 0; rest &= rest - 1)
+      unsigned rest = promising<kWidth>(nodes, g, sign, base, four);
+      for (; rest != 0; rest &= rest - 1)
         lowest = lesser(lowest, reach(graph, nodes, g, __ffs(static_cast<int>(rest)) - 1,
                                       front.from[0], front.distance[0], lowest));
     }
@@ -160,17 +162,18 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups>& nodes,
       const T base = base_of(w);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
-        rest |= promising(nodes, g, sign, base, fours[w][g]) << (4 * (w * kGroups + g));
+        rest |= promising<kWidth>(nodes, g, sign, base, fours[w][g])
+                << (kWidth * (w * kGroups + g));
     }
     for (; rest != 0; rest &= rest - 1) {
-      const int place = __ffs(static_cast<int>(rest)) - 1, w = place / (4 * kGroups);
+      const int place = __ffs(static_cast<int>(rest)) - 1, w = place / (kWidth * kGroups);
       int from = front.from[0];
       double start = front.distance[0];
 #pragma unroll
       for (int other = 1; other < kAtOnce; ++other)
         if (w == other) from = front.from[other], start = front.distance[other];
-      lowest =
-          lesser(lowest, reach(graph, nodes, place / 4 % kGroups, place % 4, from, start, lowest));
+      lowest = lesser(lowest, reach(graph, nodes, place / kWidth % kGroups, place % kWidth, from,
+                                    start, lowest));
     }
     return lowest;
   }
@@ -182,7 +185,7 @@ __device__ void forget(const Graph& graph, Nodes& nodes, double bound) {
 #pragma unroll
   for (int g = 0; g < nodes.groups(); ++g) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < Graph::kWidth; ++k) {
       const int node = graph.node(g, k);
       const bool exists = node < graph.count();
       if (exists) graph.s.reach[node] = infinity();
@@ -198,7 +201,7 @@ __device__ void tighten(const Graph& graph, Nodes& nodes, double bound) {
 #pragma unroll
   for (int g = 0; g < nodes.groups(); ++g) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < Graph::kWidth; ++k) {
       const int node = graph.node(g, k);
       if (node < graph.count())
         nodes.set_limit(g, k,
@@ -220,8 +223,9 @@ __device__ void tell_nearest(const Graph& graph, const Nodes& nodes, Waiting* of
 
 // Reads the sources, at distance zero; nobody waits for anybody in between.
 template <class T, int kGroups, class Graph, int kAtOnce>
-__device__ double read_sources(const Graph& graph, Nodes<T, kGroups>& nodes, const int* sources,
-                               int count, Front<kAtOnce>& front, double lowest) {
+__device__ double read_sources(const Graph& graph, Nodes<T, kGroups, Graph::kWidth>& nodes,
+                               const int* sources, int count, Front<kAtOnce>& front,
+                               double lowest) {
   for (int first = 0; first < count; first += kAtOnce) {
     front.count = min(kAtOnce, count - first);
 #pragma unroll
@@ -238,9 +242,10 @@ __device__ double read_sources(const Graph& graph, Nodes<T, kGroups>& nodes, con
 // s.reach, the node before each in s.path. One barrier per step.
 template <class T, int kGroups, class Graph>
 __device__ Found search(const Graph& graph, const int* sources, int count, double bound) {
-  constexpr int kAtOnce = Nodes<T, kGroups>::kAtOnce;
+  using Its = Nodes<T, kGroups, Graph::kWidth>;
+  constexpr int kAtOnce = Its::kAtOnce;
   SearchSlots& slots = search_slots();
-  Nodes<T, kGroups> nodes(graph.s, graph.count());
+  Its nodes(graph.s, graph.count());
   forget(graph, nodes, bound);
   Front<kAtOnce> front;
   Found found{-1, bound, count, (count + kAtOnce - 1) / kAtOnce};
@@ -264,7 +269,7 @@ __device__ Found search(const Graph& graph, const int* sources, int count, doubl
   Least end = Least::none();
   for (int g = nodes.groups() - 1; g >= 0 && found.bound < bound; --g) {
 #pragma unroll
-    for (int k = 3; k >= 0; --k) {
+    for (int k = Graph::kWidth - 1; k >= 0; --k) {
       const int node = graph.node(g, k);
       if (node < graph.count() && graph.s.reach[node] + graph.relief(node) == found.bound)
         end = {0, static_cast<unsigned>(node)};

@@ -127,14 +127,14 @@ __device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
 }
 
 // What remains of the reverse pass, one shortest path each. `kLevels`: the columns' levels are
-// there.
-template <class T, int kGroups, bool kShared, bool kLevels>
+// there; kWidth: as of ColumnGraph.
+template <class T, int kGroups, bool kShared, bool kLevels, int kWidth>
 __device__ CROC_NOINLINE void release_columns(Arguments a) {
   const Work<T, kGroups, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
-  const std::conditional_t<kLevels, LevelGraph<T>, ColumnGraph<T>> graph = [&] {
-    const ColumnGraph<T> plain{p.costs, s, p.copies()};
+  const std::conditional_t<kLevels, LevelGraph<T>, ColumnGraph<T, kWidth>> graph = [&] {
+    const ColumnGraph<T, kWidth> plain{p.costs, s, p.copies()};
     if constexpr (kLevels)
       return LevelGraph<T>{plain, p.levels(a)};
     else
@@ -226,9 +226,11 @@ __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
   if (matched)
     timed(a, kReleaseTime, [&] {
       if (outline.many && Problem<T>(a).scalars().with_levels)
-        release_columns<T, kGroups, kShared, true>(a);
+        release_columns<T, kGroups, kShared, true, 4>(a);
+      else if (kGroups == 1 && outline.n <= static_cast<int>(blockDim.x))
+        release_columns<T, kGroups, kShared, false, kGroups == 1 ? 1 : 4>(a);
       else
-        release_columns<T, kGroups, kShared, false>(a);
+        release_columns<T, kGroups, kShared, false, 4>(a);
     });
   const Work<T, kGroups, kShared> work(a);
   if (matched)

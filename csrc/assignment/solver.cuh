@@ -12,6 +12,7 @@
 // return at once.
 #pragma once
 
+#include "anneal.cuh"
 #include "certificate.cuh"
 
 namespace croc::gpu {
@@ -33,13 +34,14 @@ struct Plan {
   int threads;
   int groups;     // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
   int blocks;     // that bid for one problem, a cluster
+  int anneal;     // and that anneal it
   int many_rows;  // as in Arguments
 };
 
 // Most bytes of shared memory that a kernel declares itself: the slots of searches and reductions.
 constexpr int kStaticShared = 6 * 1024;
 
-constexpr int kBlocksAtOnce = 128;  // of clusters, on an H100: 16 of 8, 32 of 4
+constexpr int kBlocksAtOnce = 128;  // of clusters, of an H100's 132: launch.cuh asks how many fit
 
 // `most_blocks` that a cluster may have; 1: the device knows none. No result depends on how many.
 inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int most_blocks,
@@ -47,8 +49,9 @@ inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int mos
   State s;
   Plan plan{};
   plan.many_rows = many_rows;
-  plan.blocks = max_n < many_rows ? 1 : most_blocks;
-  while (plan.blocks > 1 && int64_t{plan.blocks} * batch > kBlocksAtOnce) plan.blocks /= 2;
+  plan.anneal = most_blocks;
+  while (plan.anneal > 1 && int64_t{plan.anneal} * batch > kBlocksAtOnce) --plan.anneal;
+  plan.blocks = max_n < many_rows ? 1 : plan.anneal;
   plan.groups = max_m <= 4 * kPathThreads ? 1 : max_m <= 16 * kPathThreads ? 4 : 0;
   plan.threads = threads_for(ceil_div(max_m, 4), kPathThreads);
   plan.shared = s.carve(nullptr, max_n, max_m, plan.groups, plan.blocks);
@@ -100,6 +103,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(start_from_sinkhorn<T>, problems, problem_threads, 0, a);
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
+    launch(anneal<T>, dim3(a.batch, plan.anneal), kAnnealThreads, 0, a, plan.anneal);
+    launch(nearest_again<T>, rows, kRowThreads, 0, a);
     launch(matching_kernel<T>(plan), dim3(a.batch, plan.blocks), plan.threads, plan.shared, a,
            plan.blocks);
     launch(measure_slack<T>, rows, kRowThreads, 0, a);

@@ -189,5 +189,6 @@ inline int __clzll(long long x) {
 inline int64_t clock64() { return emulation::clock(); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 using std::fma, std::fmax, std::fmaxf, std::fmin, std::ldexp, std::log, std::max, std::min,
     std::rint;

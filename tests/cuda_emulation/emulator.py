@@ -15,8 +15,8 @@ HERE = pathlib.Path(__file__).resolve().parent
 DEVICE_CODE = HERE.parent.parent / "csrc" / "assignment"
 H100_SHARED = 227 * 1024  # bytes a block may have
 COUNTERS = (
-    "rounds bids reverse_rounds reverse_bids forests forest_scans forest_steps free_rows "
-    "row_scans row_steps raise_rounds raise_bids released column_scans column_steps "
+    "anneal_steps rounds bids reverse_rounds reverse_bids forests forest_scans forest_steps "
+    "free_rows row_scans row_steps raise_rounds raise_bids released column_scans column_steps "
     "bid_time forest_time auction_time path_time raise_time release_time"
 ).split()
 MISTAKES = (
@@ -86,7 +86,8 @@ def solve(
 ) -> Solution:
     """Solve (B, N, M) float32 or float64 costs; ``seed`` shuffles the schedule, 0 does not.
 
-    ``blocks`` bid for a problem as a cluster, as if it had many rows; 0: what the size asks for.
+    ``blocks`` bid for a problem as a cluster, as if it had many rows; 0: what the size asks for;
+    below 0: the same where a cluster has at most ``-blocks``.
 
     Raises:
         RuntimeError: the emulation met something a GPU leaves undefined.

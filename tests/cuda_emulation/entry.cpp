@@ -1,5 +1,6 @@
 // What the tests call: the solver as assignment.cu runs it, and kernels with mistakes that the
 // emulation must notice.
+#include <cstdlib>
 #include <vector>
 
 #include "solver.cuh"
@@ -84,8 +85,8 @@ void race(int* out) {
 
 // Solves a batch; `shared_limit` is what a block of the pretended device has. `counters` gets
 // kCounters ints per problem. With `blocks` every problem counts as one with many rows, for which
-// as many blocks bid; 0: as for this size on a device with clusters. Returns null, or what went
-// wrong.
+// as many blocks bid; 0: as for this size on a device with clusters; below 0: the same where a
+// cluster has at most -blocks. Returns null, or what went wrong.
 extern "C" const char* emulate(const void* cost, int is_double, int batch, int rows, int columns,
                                const void* num_rows, int wide_num_rows, int maximize,
                                int64_t* index, double* row_dual, double* column_dual, double* gap,
@@ -100,7 +101,8 @@ extern "C" const char* emulate(const void* cost, int is_double, int batch, int r
   a.index = index, a.row_dual = row_dual, a.column_dual = column_dual, a.gap = gap,
   a.status = status;
   const Plan plan = make_plan(batch, a.max_n(), a.max_m(), static_cast<int>(shared_limit),
-                              blocks > 0 ? blocks : kMostBlocks, blocks > 0 ? 1 : kManyRows);
+                              blocks == 0 ? kMostBlocks : std::abs(blocks),
+                              blocks > 0 ? 1 : kManyRows);
   const int64_t bytes = plan_workspace(a, plan);
   std::vector<unsigned char> workspace(bytes + 4096, kPoison);
   a.workspace = workspace.data();

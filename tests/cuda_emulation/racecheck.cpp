@@ -18,7 +18,7 @@ extern "C" const char* run_mistake(int which, uint64_t seed, int* out);
 
 namespace {
 
-constexpr int kCounters = 21;
+constexpr int kCounters = 22;
 
 float entry(const char* family, int i, int j, double random, double offset) {
   if (std::strcmp(family, "product") == 0) return static_cast<float>((i + 1.0) * (j + 1.0) / 7);
@@ -74,6 +74,8 @@ int main(int argc, char** argv) {
     ok = run("uniform", 50, 20, limit, most) && ok;
   }
   ok = run("product", 200, 400, 227 * 1024, most) && ok;  // the auction
+  for (int blocks : {-1, -3})                             // the second start
+    ok = run("product", 272, 276, 227 * 1024, most, blocks) && ok;
   for (int blocks : {2, 3}) {                             // and that of a cluster
     ok = run("equal rows", 60, 90, 227 * 1024, most, blocks) && ok;
     ok = run("equal rows", 90, 60, 227 * 1024, most, blocks) && ok;

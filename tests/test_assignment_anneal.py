@@ -1,0 +1,85 @@
+"""The second start of problems whose first one sends many rows to the same columns, emulated."""
+
+import numpy as np
+import pytest
+from cuda_emulation import emulator
+from test_assignment_cuda import check, make, needs_compiler
+
+SCHEDULES = ((-1, 0), (-2, 5), (-3, 1), (-8, 3))  # at most so many blocks of a cluster, and a seed
+
+
+def solve_with_all_sizes(cost: np.ndarray) -> emulator.Solution:
+    """Every number of blocks and every schedule gives the same bits, and they are right."""
+    first, *others = (emulator.solve(cost, blocks=blocks, seed=seed) for blocks, seed in SCHEDULES)
+    for other in others:
+        for a, b in zip(first.arrays(), other.arrays(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    check(cost, first, None, False)
+    return first
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("family", "n", "m", "dtype"),
+    [
+        pytest.param("product", 272, 300, np.float32, id="product"),
+        pytest.param("low_rank", 272, 272, np.float64, id="square"),
+        pytest.param("low_rank", 275, 331, np.float32, id="unaligned"),
+        pytest.param("init_tight", 272, 420, np.float64, id="fp64"),
+    ],
+)
+def test_emulated_anneal_same_bits(family: str, n: int, m: int, dtype: type) -> None:
+    solution = solve_with_all_sizes(make(family, n, m, 0, dtype)[None])
+    assert solution.counters[0]["anneal_steps"] > 0
+
+
+@needs_compiler
+def test_emulated_anneal_swapped_ragged() -> None:
+    """Read through swapped strides, and with rows that are not looked at."""
+    cost = make("product", 272, 290, 0)
+    swapped = solve_with_all_sizes(cost.T[None].copy())
+    assert swapped.counters[0]["anneal_steps"] > 0
+    batch = np.full((2, 280, 290), np.nan, np.float32)
+    batch[:, :272] = cost
+    rows = np.array([272, 60], np.int64)
+    ragged = emulator.solve(batch, rows, seed=1)
+    check(batch, ragged, rows, False)
+    alone = emulator.solve(cost[None])
+    np.testing.assert_array_equal(ragged.index[0, :272], alone.index[0])
+    assert [c["anneal_steps"] > 0 for c in ragged.counters] == [True, False]
+
+
+@needs_compiler
+@pytest.mark.parametrize("family", ["uniform", "column_offsets", "constant", "infinite"])
+def test_emulated_anneal_not_for_rows_that_are_served(family: str) -> None:
+    solution = emulator.solve(make(family, 280, 500, 0)[None], seed=1)
+    assert solution.counters[0]["anneal_steps"] == 0
+
+
+@needs_compiler
+def test_emulated_anneal_shortens_the_rest() -> None:
+    """Without it these took an auction of 1 600 rounds by rows and by columns."""
+    cost = make("product", 432, 2048, 0)[None]
+    solution = emulator.solve(cost)
+    check(cost, solution, None, False)
+    counters = solution.counters[0]
+    assert solution.gap[0] == 0.0
+    assert counters["rounds"] < 100
+    assert counters["reverse_rounds"] == 0
+    assert counters["row_steps"] + counters["column_steps"] < 1500
+
+
+@needs_compiler
+def test_emulated_anneal_not_for_many_rows() -> None:
+    """Their auction is faster; fewer rows in the same batch are annealed as they are alone."""
+    cost = make("product", 272, 280, 0)[None]
+    assert emulator.solve(cost, blocks=1).counters[0]["anneal_steps"] == 0
+    wide = np.full((2, 1030, 1030), np.nan, np.float32)
+    wide[0, :272] = make("product", 272, 1030, 0)
+    wide[1] = 1.0
+    rows = np.array([272, 1030])
+    solution = emulator.solve(wide, rows, seed=1)
+    check(wide, solution, rows, False)
+    assert [c["anneal_steps"] > 0 for c in solution.counters] == [True, False]
+    alone = emulator.solve(wide[:1, :272].copy())
+    np.testing.assert_array_equal(solution.index[0, :272], alone.index[0])
