@@ -21,8 +21,8 @@ struct Schedule {
   int phases, free, priced, last_priced;
 };
 
-__device__ inline Schedule schedule_for(bool many_rows) {
-  return many_rows ? Schedule{2.0, 0.125, 3, 24, 2, 4} : Schedule{1.0, 0.25, 4, 0, 0, 0};
+__device__ inline Schedule schedule_for(bool many_rows, int n) {
+  return many_rows ? Schedule{2.0, 0.125, 3, min(24, n / 40), 2, 4} : Schedule{1.0, 0.25, 4, 0, 0, 0};
 }
 
 struct Offer {
@@ -275,7 +275,7 @@ __device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, c
 
 template <class T>
 __device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, Team team) {
-  const Schedule schedule = schedule_for(p.many);
+  const Schedule schedule = schedule_for(p.many, p.n);
   double epsilon = -on_grid(-schedule.first * p.scalars().spread, p.scalars());
   for (int phase = 0; phase < schedule.phases && epsilon > 0.0; ++phase) {
     const bool last = phase + 1 == schedule.phases;
