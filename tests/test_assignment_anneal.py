@@ -34,6 +34,25 @@ def test_emulated_anneal_same_bits(family: str, n: int, m: int, dtype: type) -> 
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("m", "dtype"),
+    [
+        pytest.param(2100, np.float32, id="fp32"),
+        pytest.param(2051, np.float64, id="unaligned-fp64"),
+    ],
+)
+def test_emulated_anneal_wide(m: int, dtype: type) -> None:
+    """More columns than the threads of a block keep: costs are read twice in a step."""
+    cost = make("product", 272, m, 0, dtype)[None]
+    first, other = (emulator.solve(cost, blocks=b, seed=s) for b, s in ((-1, 0), (-5, 2)))
+    for a, b in zip(first.arrays(), other.arrays(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    check(cost, first, None, False)
+    assert first.counters[0]["anneal_steps"] > 0
+    assert first.counters[0]["reverse_rounds"] == 0
+
+
+@needs_compiler
 def test_emulated_anneal_swapped_ragged() -> None:
     """Read through swapped strides, and with rows that are not looked at."""
     cost = make("product", 272, 290, 0)

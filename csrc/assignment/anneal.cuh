@@ -10,14 +10,13 @@
 // kParts parts whose sums are added in one order.
 #pragma once
 
-#include "levels.cuh"
+#include "cluster.cuh"
 #include "nearest.cuh"
 
 namespace croc::gpu {
 
 constexpr int kAnnealThreads = 256;      // always: the order of sums depends on it
 constexpr int kFours = 2;                // of columns per thread
-constexpr int kAtOnceColumns = 4 * kFours * kAnnealThreads;
 constexpr int kAnnealRows = 272;         // fewer are matched faster than annealed
 constexpr int kAnnealColumns = 1 << 15;  // more have no room in what follows
 constexpr int kCrowded = 3;              // more than n / 3 rows are not alone, or first in line
@@ -31,7 +30,7 @@ constexpr float kMostPower = 100.0f;     // of two, of a row's share before its 
 
 // From a temperature of kHottest times that of the first steps on it falls by half, so many times,
 // with kSteps at each; a potential goes kRelaxed times as far as to its new value.
-constexpr double kHottest = 16.0;
+constexpr double kHottest = 8.0;
 constexpr int kHalvings = 6, kSteps = 6;
 constexpr double kRelaxed = 1.5;
 
@@ -110,13 +109,17 @@ __device__ inline float sums_of_block(float (&x)[kAtOnce], int turn) {
   return sum + __shfl_xor_sync(kAllLanes, sum, 16);
 }
 
-// A few rows of a part, and what a thread needs of them: columns `first` to first + 3, and as many
-// again 4 * kAnnealThreads further on. Those beyond the last row or column have a potential of -inf,
-// and any costs.
+// Shares of a few rows in a thread's columns: `first` to first + 3, and as many again
+// 4 * kAnnealThreads further on. Before they are divided by the sums of their rows.
+using Shares = float[kAtOnce][kFours][4];
+
+// A few rows of a part: what a thread needs of them. Those beyond the last have a potential of -inf,
+// and any costs; so have columns beyond the last.
 template <class T, bool kVectors>
 struct FewRows {
   const Costs<T>& costs;
   T x[kAtOnce][kFours][4];
+  T potential[kAtOnce];
 
   __device__ void load(int row, int first) {
     const T* from = costs.base + row * costs.row_stride;
@@ -134,7 +137,51 @@ struct FewRows {
       }
     }
   }
+  __device__ void share(const AnnealState<T>& state, int first, T scale, Shares& shares) const {
+#pragma unroll
+    for (int f = 0; f < kFours; ++f) {
+      T columns[4];
+      state.potentials(first + 4 * kAnnealThreads * f, columns);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) columns[c] *= scale;
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const T z = (potential[r] - costs.sign * x[r][f][c]) * scale + columns[c];
+          shares[r][f][c] = power_of_two(fminf(static_cast<float>(z), kMostPower));
+        }
+      }
+    }
+  }
 };
+
+__device__ inline void add_shares(const Shares& shares, float (&sums)[kAtOnce]) {
+#pragma unroll
+  for (int r = 0; r < kAtOnce; ++r) {
+#pragma unroll
+    for (int f = 0; f < kFours; ++f)
+      sums[r] += (shares[r][f][0] + shares[r][f][1]) + (shares[r][f][2] + shares[r][f][3]);
+  }
+}
+
+// Adds them to the sums of a thread's columns, which `begin` with them.
+__device__ inline void send_shares(const Shares& shares, const float (&factors)[kAtOnce],
+                                   float* sums, int first, int m, bool begin) {
+#pragma unroll
+  for (int f = 0; f < kFours; ++f) {
+    const int column = first + 4 * kAnnealThreads * f;
+    if (column >= m) continue;
+    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    if (!begin) four(sums, column, total);
+#pragma unroll
+    for (int r = 0; r < kAtOnce; ++r) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) total[c] += shares[r][f][c] * factors[r];
+    }
+    *reinterpret_cast<float4*>(sums + column) = {total[0], total[1], total[2], total[3]};
+  }
+}
 
 // Potentials of the rows, and of each column what a part's rows send there. Costs are read once,
 // float32 while the rows before are at work; `kWide`: a thread has more columns than it keeps, and
@@ -147,73 +194,40 @@ __device__ CROC_NOINLINE void anneal_rows(Arguments a, double temperature, int p
   constexpr bool kAhead = sizeof(T) == 4 && !kWide;
   const Problem<T> p(a);
   const AnnealState<T> state(p, page);
-  const Team team = Team::all();
   const T scale = static_cast<T>(kLog2OfE / temperature);
-  FewRows<T, kVectors> rows{p.costs, {}};
-  int part = team.rank, row = part;
-  if (kAhead) rows.load(row, 4 * threadIdx.x);
+  const int mine = 4 * static_cast<int>(threadIdx.x);
+  FewRows<T, kVectors> rows{p.costs, {}, {}};
+  int part = Team::all().rank, row = part;
+  if (kAhead) rows.load(row, mine);
   for (int turn = 0; part < kParts; ++turn) {
     int next_part = part, next_row = row + kParts * kAtOnce;
-    if (next_row >= p.n) next_part = next_row = part + team.size;
+    if (next_row >= p.n) next_part = next_row = part + Team::all().size;
     const int its_row = row + kParts * (lane_id() % kAtOnce);
     const double before = its_row < p.n ? p.work.row_value[its_row] : -infinity();
-    T potential[kAtOnce];
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r)
-      potential[r] = __shfl_sync(kAllLanes, static_cast<T>(before), r);
-    // Shares of the rows in a thread's columns, before they are divided by their sums.
-    float shares[kAtOnce][kFours][4], sums[kAtOnce] = {};
+      rows.potential[r] = __shfl_sync(kAllLanes, static_cast<T>(before), r);
+    Shares shares;
     const auto share = [&](int first) {
       if (!kAhead) rows.load(row, first);
-#pragma unroll
-      for (int f = 0; f < kFours; ++f) {
-        T columns[4];
-        state.potentials(first + 4 * kAnnealThreads * f, columns);
-#pragma unroll
-        for (int c = 0; c < 4; ++c) columns[c] *= scale;
-#pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const T z = (potential[r] - p.costs.sign * rows.x[r][f][c]) * scale + columns[c];
-            shares[r][f][c] = power_of_two(fminf(static_cast<float>(z), kMostPower));
-          }
-        }
-      }
+      rows.share(state, first, scale, shares);
       if (kAhead && next_part < kParts) rows.load(next_row, first);
     };
-    for (int first = 4 * threadIdx.x; first < p.m; first += kAtOnceColumns) {
+    float factors[kAtOnce] = {};  // the rows' sums, at first
+    for (int first = mine; first < p.m; first += 4 * kFours * kAnnealThreads) {
       share(first);
-#pragma unroll
-      for (int r = 0; r < kAtOnce; ++r) {
-#pragma unroll
-        for (int f = 0; f < kFours; ++f)
-          sums[r] += (shares[r][f][0] + shares[r][f][1]) + (shares[r][f][2] + shares[r][f][3]);
-      }
+      add_shares(shares, factors);
       if (!kWide) break;
     }
-    const float sum = fmaxf(sums_of_block(sums, turn), 1e-37f), per_sum = __fdividef(1.0f, sum);
+    const float sum = fmaxf(sums_of_block(factors, turn), 1e-37f);
     if (warp_id() == 0 && lane_id() < kAtOnce && its_row < p.n)
       p.work.row_value[its_row] = before - temperature * static_cast<double>(__logf(sum));
-    float factors[kAtOnce];
 #pragma unroll
-    for (int r = 0; r < kAtOnce; ++r) factors[r] = __shfl_sync(kAllLanes, per_sum, r);
-    for (int first = 4 * threadIdx.x; first < p.m; first += kAtOnceColumns) {
+    for (int r = 0; r < kAtOnce; ++r)
+      factors[r] = __shfl_sync(kAllLanes, __fdividef(1.0f, sum), r);
+    for (int first = mine; first < p.m; first += 4 * kFours * kAnnealThreads) {
       if (kWide) share(first);
-#pragma unroll
-      for (int f = 0; f < kFours; ++f) {
-        const int column = first + 4 * kAnnealThreads * f;
-        if (column >= p.m) continue;
-        float* to = state.sums_of(part) + column;
-        float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (row > part) four(to, 0, total);
-#pragma unroll
-        for (int r = 0; r < kAtOnce; ++r) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) total[c] += shares[r][f][c] * factors[r];
-        }
-        *reinterpret_cast<float4*>(to) = {total[0], total[1], total[2], total[3]};
-      }
+      send_shares(shares, factors, state.sums_of(part), first, p.m, row == part);
       if (!kWide) break;
     }
     part = next_part, row = next_row;
@@ -334,7 +348,7 @@ __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
   for (int i = threadIdx.x; i < p.n; i += blockDim.x)
     if (i % kParts % team.size == team.rank) p.work.row_value[i] = p.work.u[i];
   __syncthreads();
-  const bool vectors = p.costs.vectors, wide = p.m > kAtOnceColumns;
+  const bool vectors = p.costs.vectors, wide = p.m > 4 * kFours * kAnnealThreads;
   constexpr int kAll = (kHalvings + 1) * kSteps;
   for (int step = 0; step < kAll; ++step) {
     if (step > 0 && step % kSteps == 0) temperature *= 0.5;
