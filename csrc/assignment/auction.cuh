@@ -13,16 +13,17 @@ constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
 constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
 
-// epsilon = the costs' local scale times `first`, and `fall` times the one before. The last few free
-// rows and priced columns of a phase go round for hundreds of rounds; the next phase, or a search
-// each, takes less.
+// epsilon = the costs' local scale times `first`, and `fall` times the one before. The last few
+// free rows and priced columns of a phase go round for hundreds of rounds; the next phase, or a
+// search each, takes less.
 struct Schedule {
   double first, fall;
   int phases, free, priced, last_priced;
 };
 
 __device__ inline Schedule schedule_for(bool many_rows, int n) {
-  return many_rows ? Schedule{2.0, 0.125, 3, min(24, n / 40), 2, 4} : Schedule{1.0, 0.25, 4, 0, 0, 0};
+  return many_rows ? Schedule{2.0, 0.125, 3, min(24, n / 40), 2, 4}
+                   : Schedule{1.0, 0.25, 4, 0, 0, 0};
 }
 
 struct Offer {
