@@ -131,14 +131,15 @@ const char* const kNames[] = {
     "prepare",          "column_means",        "start_from_means", "compare_rows",
     "choose_start",     "sinkhorn_rows",       "sinkhorn_columns", "sinkhorn_rows",
     "sinkhorn_columns", "start_from_sinkhorn", "nearest_columns",  "find_twins",
-    "anneal",           "nearest_again",       "match_rows",       "measure_slack",       "write_results"};
+    "anneal",           "nearest_again",       "match_rows",       "measure_slack",
+    "write_results"};
 
 // In the order of Counter.
 const char* const kCounterNames[] = {
-    "anneal_steps", "rounds",       "bids",         "column_rounds", "column_bids", "forests",      "forest_scans",
-    "forest_steps", "paths",        "row_scans",     "row_steps",   "raise_rounds", "raise_bids",
-    "released",     "column_scans", "column_steps",  "bid_us",      "forest_us",    "auction_us",
-    "path_us",      "raise_us",     "release_us"};
+    "anneal_steps", "rounds",       "bids",         "column_rounds", "column_bids", "forests",
+    "forest_scans", "forest_steps", "paths",        "row_scans",     "row_steps",   "raise_rounds",
+    "raise_bids",   "released",     "column_scans", "column_steps",  "bid_us",      "forest_us",
+    "auction_us",   "path_us",      "raise_us",     "release_us"};
 static_assert(sizeof kCounterNames / sizeof *kCounterNames == kCounters);
 constexpr size_t kLaunches = sizeof kNames / sizeof *kNames;
 

@@ -26,7 +26,7 @@ constexpr int kMassSteps = 8;            // of Newton's method, at most
 constexpr double kMassPrecision = 0.02;  // of s, in temperatures
 constexpr double kMassStep = 16.0;       // and at most at a time
 constexpr double kLog2OfE = 1.4426950408889634;
-constexpr float kMostPower = 100.0f;     // of two, of a row's share before its sum is known
+constexpr float kMostPower = 100.0f;  // of two, of a row's share before its sum is known
 
 // From a temperature of kHottest times that of the first steps on it falls by half, so many times,
 // with kSteps at each; a potential goes kRelaxed times as far as to its new value.
@@ -113,8 +113,8 @@ __device__ inline float sums_of_block(float (&x)[kAtOnce], int turn) {
 // 4 * kAnnealThreads further on. Before they are divided by the sums of their rows.
 using Shares = float[kAtOnce][kFours][4];
 
-// A few rows of a part: what a thread needs of them. Those beyond the last have a potential of -inf,
-// and any costs; so have columns beyond the last.
+// A few rows of a part: what a thread needs of them. Those beyond the last have a potential of
+// -inf, and any costs; so have columns beyond the last.
 template <class T, bool kVectors>
 struct FewRows {
   const Costs<T>& costs;
@@ -223,8 +223,7 @@ __device__ CROC_NOINLINE void anneal_rows(Arguments a, double temperature, int p
     if (warp_id() == 0 && lane_id() < kAtOnce && its_row < p.n)
       p.work.row_value[its_row] = before - temperature * static_cast<double>(__logf(sum));
 #pragma unroll
-    for (int r = 0; r < kAtOnce; ++r)
-      factors[r] = __shfl_sync(kAllLanes, __fdividef(1.0f, sum), r);
+    for (int r = 0; r < kAtOnce; ++r) factors[r] = __shfl_sync(kAllLanes, __fdividef(1.0f, sum), r);
     for (int first = mine; first < p.m; first += 4 * kFours * kAnnealThreads) {
       if (kWide) share(first);
       send_shares(shares, factors, state.sums_of(part), first, p.m, row == part);

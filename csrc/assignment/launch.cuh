@@ -17,25 +17,25 @@ inline cudaError_t most_blocks(int device, int& most) {
   return error;
 }
 
-// Whether so many clusters run at once, each of as many blocks as the grid has along y. A part of a
-// device may have no room for so many blocks side by side. Asked once per kernel and shape.
+// How many clusters run at once, each of as many blocks as the grid has along y. A part of a device
+// may have no room for so many blocks side by side. Asked once per kernel and shape.
 inline cudaError_t clusters_at_once(void (*kernel)(Arguments), const cudaLaunchConfig_t& config,
                                     int& fit) {
   static std::mutex lock;
-  static std::map<std::tuple<int, void (*)(Arguments), unsigned, unsigned, size_t>, int> known;
+  using Shape = std::tuple<int, void (*)(Arguments), unsigned, unsigned, size_t>;
+  static std::map<Shape, int> known;
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
+  const Shape shape{device, kernel, config.gridDim.y, config.blockDim.x, config.dynamicSmemBytes};
   const std::lock_guard<std::mutex> guard(lock);
-  const auto place = known.try_emplace(
-      {device, kernel, config.gridDim.y, config.blockDim.x, config.dynamicSmemBytes}, -1).first;
-  if (place->second < 0) {
-    error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
-    if (error != cudaSuccess) return error;
-    place->second = fit;
+  if (const auto place = known.find(shape); place != known.end()) {
+    fit = place->second;
+    return cudaSuccess;
   }
-  fit = place->second;
-  return cudaSuccess;
+  error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
+  if (error == cudaSuccess) known[shape] = fit;
+  return error;
 }
 
 // `cluster` blocks along the grid's y axis, all of it, are one cluster: fewer where they would wait
