@@ -92,12 +92,11 @@ def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered,
                 90, dim, torch.bfloat16, num_keys, True, True, group=group, ordered=repeatable
             )
             alone = repeatable and dim == 256
-            around_1k = 1024 <= num_keys < 1536
             ahead = not repeatable and (
-                (dim == 128 and group == 1 and num_keys >= 512)
-                or (dim == 256 and group > 1 and around_1k)
+                (dim == 128 and num_keys >= (512 if group == 1 else 1024))
+                or (dim == 256 and group > 1 and num_keys >= 1024)
             )
-            early = ahead or (not repeatable and dim == 64 and group == 1 and around_1k)
+            early = ahead or (not repeatable and dim == 64 and group == 1 and num_keys >= 1024)
             dealt = 8 if ahead and section == 16 else 1 if alone else section
             assert picked == config.HopperBackwardConfig(*tiles, dealt, ahead, early)
 

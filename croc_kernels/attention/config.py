@@ -4,6 +4,7 @@ Those of sm_90's forward pass were timed on an H200, the others chosen by compil
 (registers, spills, shared memory): docs/attention.md.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -216,10 +217,10 @@ def pick_hopper_forward(
 # (block_m, block_n, stages) per head dimension. Measured on an H200 for D = 64 (424 TFLOP/s at 8k;
 # three stages 418, 128 rows per tile 367) and D = 128 (three stages: 2 % slower at 1k to 4k).
 HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
-# From and up to how many keys ``ahead`` with ``early`` gained, or ``early`` alone, by dimension and
+# From how many keys on ``ahead`` with ``early`` gained, or ``early`` alone, by dimension and
 # whether heads share keys. Measured on an H100, docs/attention.md.
-HOPPER_AHEAD = {(128, False): (512, 1 << 31), (256, True): (1024, 1536)}
-HOPPER_EARLY = HOPPER_AHEAD | {(64, False): (1024, 1536)}
+HOPPER_AHEAD = {(128, False): 512, (128, True): 1024, (256, True): 1024}
+HOPPER_EARLY = HOPPER_AHEAD | {(64, False): 1024}
 
 
 def _backward_section(dim: int, num_keys: int, group: int, ordered: bool, ahead: bool) -> int:
@@ -249,8 +250,8 @@ def pick_hopper_backward(
     if arch != 90 or dtype == torch.float32 or not (plain_scores and aligned and tiles):
         return None
     ahead, early = (
-        not ordered and low <= num_keys < high
-        for low, high in (x.get((dim, group > 1), (0, 0)) for x in (HOPPER_AHEAD, HOPPER_EARLY))
+        not ordered and num_keys >= gained.get((dim, group > 1), math.inf)
+        for gained in (HOPPER_AHEAD, HOPPER_EARLY)
     )
     section = _backward_section(dim, num_keys, group, ordered, ahead)
     return HopperBackwardConfig(*tiles, section, ahead, early)

@@ -17,6 +17,7 @@ SPILLS = {
     "mixed_attention_bwd_hopper-D128-bf16-L256": 64,
     "mixed_attention_bwd_hopper-D128-fp16": 64,
     "mixed_attention_bwd_hopper-D128-bf16-group4": 64,
+    "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 64,
     "mixed_attention_bwd_hopper-D128-bf16-ordered": 64,
     "mixed_attention_bwd_hopper-D256-bf16": 160,
     "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 160,
@@ -135,8 +136,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases = [backward_case(dim, bf16, ordered=o) for dim in dims for o in (False, True)]
     cases += [backward_case(128, torch.float16), backward_case(128, bf16, group=4)]
     cases += [case(dim, bf16) for dim in dims for case in (prepare_case, finish_case)]
-    # With and without zeros ahead and an early end, which 4096 keys have for D = 128 alone.
-    for dim, group, num_keys in ((64, 1, 1024), (128, 1, 256), (256, 2, 1024)):
+    # With and without zeros ahead and an early end: of the cases above D = 64 and 128 have them.
+    for dim, group, num_keys in ((64, 1, 256), (128, 1, 256), (128, 4, 256), (256, 2, 1024)):
         for case in (backward_case, prepare_case, finish_case):
             cases.append(case(dim, bf16, group=group, num_keys=num_keys))
     forward = [(d, n) for d in config.HOPPER_FORWARD for n in (1024, *config.HOPPER_LONG)]

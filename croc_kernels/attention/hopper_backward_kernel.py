@@ -156,8 +156,6 @@ def _step(
         dk = hopper.warpgroup_mma(ds16, q, dk, is_async=True)
     if ORDERED:
         mbarrier.wait(ready, step & 1)
-    if AHEAD:
-        mbarrier.wait(ready, 0)
     if SHARED:
         dq = hopper.warpgroup_mma_wait(2, [dq])
     else:
@@ -173,10 +171,11 @@ def _step(
 
 @gluon.jit
 def _consumer(
-    dk_desc, dv_desc, dq_ptr, bounds, tiles, bars, kv_full, batch, key_head, key, first, full,
-    end_full, past, outer, scale, num_keys, num_tiles,
+    dk_desc, dv_desc, dq_ptr, bounds, tiles, bars, kv_full, out_full, batch, key_head, key, first,
+    full, end_full, past, outer, scale, num_keys, num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """Products of one tile of keys with every tile of rows that sees some of it."""
     WR: gl.constexpr = 4 if D == 256 else 8
@@ -206,6 +205,9 @@ def _consumer(
     work = (q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem)
     limits = (full, end_full, bounds[2] + batch * num_tiles)
     step = 0
+    if AHEAD:
+        # Its warp said so long before, but where a section begins.
+        mbarrier.wait(bars[3], 0)
     for member in range(GROUP):
         tile = (batch * HEADS + key_head * GROUP + member) * num_tiles + first // BLOCK_M
         for m in range(first, past, BLOCK_M):
@@ -219,9 +221,12 @@ def _consumer(
     k_tile.store((dk * scale).to(dtype))
     v_tile.store(dv.to(dtype))
     hopper.fence_async_shared()
-    tma_store(dk_desc, [batch, key_head, key, 0], k_smem)
-    tma_store(dv_desc, [batch, key_head, key, 0], v_smem)
-    tma.store_wait(0)
+    if EARLY:
+        mbarrier.arrive(out_full, count=1)
+    else:
+        tma_store(dk_desc, [batch, key_head, key, 0], k_smem)
+        tma_store(dv_desc, [batch, key_head, key, 0], v_smem)
+        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["num_keys", "num_tiles"])
@@ -292,6 +297,10 @@ def _mixed_attention_bwd_hopper_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     mbarrier.init(ready, count=1)
+    out_full = kv_full
+    if EARLY:
+        out_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(out_full, count=1)
     hopper.fence_async_shared()
 
     if not (ORDERED or AHEAD):
@@ -300,6 +309,9 @@ def _mixed_attention_bwd_hopper_kernel(
     if EARLY:
         # Now that all counts are zero.
         gdc_launch_dependents()
+    done = bounds[3]
+    if EARLY:
+        done += 1 + gl.num_programs(0) // tiles * GROUP + plane
     ahead = (dq_ptr, bounds[3], 0, 0, 1, 0)
     if AHEAD:
         heads = gl.minimum(gl.num_programs(0) // tiles - (part + 1) * SECTION, SECTION)
@@ -315,9 +327,9 @@ def _mixed_attention_bwd_hopper_kernel(
             (_consumer, (
                 dk_desc, dv_desc, dq_ptr, bounds,
                 (q_smem, k_smem, v_smem, g_smem, stats_smem, p_smem, ds_smem),
-                (q_full, g_full, empty, ready), kv_full, batch, key_head, key, first, full,
-                end_full, past, outer, scale, num_keys, num_tiles,
-                HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD,
+                (q_full, g_full, empty, ready), kv_full, out_full, batch, key_head, key, first,
+                full, end_full, past, outer, scale, num_keys, num_tiles,
+                HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD, EARLY,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, g_desc, stats_desc, q_smem, k_smem, v_smem, g_smem,
@@ -326,14 +338,9 @@ def _mixed_attention_bwd_hopper_kernel(
             )),
             (_turnstile, (
                 bounds[3] + 1, bounds[0], empty, ready, batch, key_head, key, first, past, num_keys,
-                num_tiles, HEADS, GROUP, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD, ahead,
+                num_tiles, HEADS, GROUP, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD, EARLY, ahead,
+                dk_desc, dv_desc, k_smem, v_smem, out_full, done,
             )),
         ],
         [1, 1], [24, 24],
     )  # fmt: skip
-    if EARLY:
-        # After all of this program's additions.
-        barrier()
-        heads = gl.num_programs(0) // tiles * GROUP
-        done = bounds[3] + 1 + heads + batch * (HEADS // GROUP) + key_head
-        gl.atomic_add(done, 1, sem="release")

@@ -5,9 +5,9 @@ dQ may be added to.
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper import barrier, of_sample, tma_load
+from .hopper import barrier, of_sample, tma_load, tma_store
 
 _AWAIT: tl.constexpr = tl.constexpr("""
 {
@@ -94,12 +94,14 @@ def _zero_ahead(ready, ahead):
 def _turnstile(
     turn_ptr, row_start, empty, ready, batch, key_head, key, first, past, num_keys, num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr, ahead,
+    STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr, ahead,
+    dk_desc, dv_desc, k_smem, v_smem, out_full, done,
 ):  # fmt: skip
     """Let the consumer add to a tile of dQ once the next tile of keys has; then pass the turn on.
 
     In a warp of its own, so that the consumer never waits for its own additions to arrive. Nothing
-    to do unless ORDERED or AHEAD.
+    to do unless ORDERED, AHEAD or EARLY. EARLY, it also stores dK and dV and says that this program
+    is done: stores and counts at the consumer's end cost it registers in its loop.
     """
     if AHEAD:
         _zero_ahead(ready, ahead)
@@ -122,3 +124,10 @@ def _turnstile(
                 )
                 step += 1
                 tile += 1
+    if EARLY:
+        mbarrier.wait(out_full, 0)
+        tma_store(dk_desc, [batch, key_head, key, 0], k_smem)
+        tma_store(dv_desc, [batch, key_head, key, 0], v_smem)
+        # After all of this program's additions.
+        gl.atomic_add(done, 1, sem="release")
+        tma.store_wait(0)
