@@ -20,7 +20,7 @@ SPILLS = {
     "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 64,
     "mixed_attention_bwd_hopper-D128-bf16-ordered": 64,
     "mixed_attention_bwd_hopper-D256-bf16": 160,
-    "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 160,
+    "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 176,
     "mixed_attention_bwd_hopper-D256-bf16-ordered": 160,
 }
 
