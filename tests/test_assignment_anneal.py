@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cuda_emulation import emulator
-from test_assignment_cuda import check, make, needs_compiler
+from test_assignment_cuda import assert_same_bits, check, make, needs_compiler
 
 SCHEDULES = ((-1, 0), (-2, 5), (-3, 1), (-8, 3))  # at most so many blocks of a cluster, and a seed
 
@@ -11,9 +11,7 @@ SCHEDULES = ((-1, 0), (-2, 5), (-3, 1), (-8, 3))  # at most so many blocks of a 
 def solve_with_all_sizes(cost: np.ndarray) -> emulator.Solution:
     """Every number of blocks and every schedule gives the same bits, and they are right."""
     first, *others = (emulator.solve(cost, blocks=blocks, seed=seed) for blocks, seed in SCHEDULES)
-    for other in others:
-        for a, b in zip(first.arrays(), other.arrays(), strict=True):
-            np.testing.assert_array_equal(a, b)
+    assert_same_bits(first, *others)
     check(cost, first, None, False)
     return first
 
@@ -45,8 +43,7 @@ def test_emulated_anneal_wide(m: int, dtype: type) -> None:
     """More columns than the threads of a block keep: costs are read twice in a step."""
     cost = make("product", 272, m, 0, dtype)[None]
     first, other = (emulator.solve(cost, blocks=b, seed=s) for b, s in ((-1, 0), (-5, 2)))
-    for a, b in zip(first.arrays(), other.arrays(), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert_same_bits(first, other)
     check(cost, first, None, False)
     assert first.counters[0]["anneal_steps"] > 0
     assert first.counters[0]["reverse_rounds"] == 0

@@ -119,6 +119,12 @@ def check(
         )
 
 
+def assert_same_bits(first: emulator.Solution, *others: emulator.Solution) -> None:
+    for other in others:
+        for a, b in zip(first.arrays(), other.arrays(), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def solve_and_check(
     cost: np.ndarray,
     num_rows: np.ndarray | None = None,
@@ -132,9 +138,7 @@ def solve_and_check(
         emulator.solve(cost, num_rows, maximize=maximize, seed=seed, shared_limit=shared_limit)
         for seed in seeds
     )
-    for other in others:
-        for a, b in zip(first.arrays(), other.arrays(), strict=True):
-            np.testing.assert_array_equal(a, b)
+    assert_same_bits(first, *others)
     check(cost, first, num_rows, maximize)
     return first
 
