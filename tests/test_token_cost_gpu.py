@@ -118,26 +118,59 @@ def test_token_cost_on_a_gpu_by_the_hopper_kernel(
     assert len(picked) == 8
 
 
-def test_nearest_token_on_a_gpu_beside_itself() -> None:
-    # Calls of several streams at a time, graphs among them: each has norms and tickets of its own.
+@pytest.mark.parametrize("operator", [nearest_token, token_cost])
+def test_token_cost_and_nearest_token_on_a_gpu_beside_themselves(
+    operator: Callable[..., Tensor],
+) -> None:
+    # Calls of several streams at a time, graphs among them: each has norms and counts of its own.
     pools = [torch.randn(M, 1024, device="cuda").bfloat16() for _ in range(3)]
     tokens = [torch.randn(32, 432, 1024, device="cuda").bfloat16() for _ in range(3)]
-    expected = [nearest_token(x, p) for x, p in zip(tokens, pools, strict=True)]
+    expected = [operator(x, p) for x, p in zip(tokens, pools, strict=True)]
     streams = [torch.cuda.Stream(priority=-(i % 2)) for i in range(3)]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=streams[2]):
-        captured = nearest_token(tokens[2], pools[2])
+        captured = operator(tokens[2], pools[2])
     for _ in range(20):
         found = []
         for i in range(2):
             with torch.cuda.stream(streams[i]):
-                found.append(nearest_token(tokens[i], pools[i]))
+                found.append(operator(tokens[i], pools[i]))
         with torch.cuda.stream(streams[2]):
             graph.replay()
         torch.cuda.synchronize()
         for got, want in zip([*found, captured], expected, strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("gathered", [False, True], ids=["dense", "gathered"])
+def test_token_cost_on_a_gpu_by_any_number_of_programs(
+    gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    from croc_kernels.cost import hopper
+
+    # Tiles share norms. Of 5 times as many programs as can run, most have not begun when others
+    # look for their shares.
+    monkeypatch.setattr(kernel, "pick_hopper", lambda *_: config.HOPPER)
+    tokens = torch.randn(9, 432, 1024, device="cuda").bfloat16()
+    pool = torch.randn(2100, 1024, device="cuda").bfloat16()
+    rows = torch.randperm(9 * 432, device="cuda").view(9, 432) if gathered else None
+    cost = token_cost(tokens, pool, token_index=rows)
+    terms = tokens.double().square().sum(-1).view(-1)[..., None] + pool.double().square().sum(-1)
+    square = exact_square(tokens.view(-1, 1024), pool)
+    order = torch.arange(9 * 432, device="cuda") if rows is None else rows.view(-1)
+    off = cost.double().square().view(-1, 2100) - square[order]
+    assert (off.abs() <= 1e-6 * terms[order]).all()
+    alone = token_cost(
+        tokens if gathered else tokens[4:], pool, token_index=rows[4:] if gathered else None
+    )
+    assert torch.equal(alone, cost[4:])
+    resident = torch.cuda.get_device_properties(0).multi_processor_count
+    for programs in (1, 5, 17, resident - 1, 2 * resident, 5 * resident):
+        monkeypatch.setattr(hopper, "_multiprocessors", lambda _, n=programs: n)
+        assert torch.equal(token_cost(tokens, pool, token_index=rows), cost)
 
 
 def test_token_cost_on_a_gpu_of_equal_rows_by_either_kernel(

@@ -16,6 +16,7 @@ to the sum on average, and CORRECTION gives that back: see kernel.py.
 import functools
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -251,16 +252,16 @@ def _multiply_tiles(
 def _norms(
     pointers, buffers, sizes,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, TOKEN_SLOTS: gl.constexpr,
-    GROUP_M: gl.constexpr, METRIC: gl.constexpr, NEAREST: gl.constexpr, EVEN: gl.constexpr,
-    SHARE: gl.constexpr,
+    GROUP_M: gl.constexpr, METRIC: gl.constexpr, NEAREST: gl.constexpr, DENSE: gl.constexpr,
+    EVEN: gl.constexpr, SHARE: gl.constexpr,
 ):  # fmt: skip
     """The warp group of norms."""
     if NEAREST:
         nearest_norms(pointers, buffers, sizes, BLOCK_M, BLOCK_N, GROUP_M, METRIC, EVEN, SHARE)
     else:
         cost_norms(
-            pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M, METRIC, EVEN,
-            SHARE,
+            pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M, METRIC,
+            DENSE, EVEN, SHARE,
         )  # fmt: skip
 
 
@@ -316,7 +317,7 @@ def _token_cost_hopper_kernel(
                 )),
                 (_norms, (
                     pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M,
-                    METRIC, NEAREST, EVEN, SHARE,
+                    METRIC, NEAREST, DENSE, EVEN, SHARE,
                 )),
                 (pool_norms, (pointers, sizes, SHARE, METRIC, 2)),
                 (_copy_tiles, (
@@ -339,7 +340,7 @@ def _token_cost_hopper_kernel(
                 )),
                 (_norms, (
                     pointers, buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K, TOKEN_SLOTS, GROUP_M,
-                    METRIC, NEAREST, EVEN, SHARE,
+                    METRIC, NEAREST, DENSE, EVEN, SHARE,
                 )),
                 (_copy_tiles, (
                     pointers, (pool_desc, token_desc), buffers, sizes, BLOCK_M, BLOCK_N, BLOCK_K,
@@ -358,9 +359,14 @@ def _multiprocessors(index: int) -> int:
 _LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
 
 
-def sum_pool(pool: Tensor, p_norm: Tensor, sizes: tuple[int, ...], metric: str) -> None:
-    """Launch the norms of the pool, for costs without ``state``."""
-    _pool_norm_kernel[(sizes[1],)](pool, p_norm, sizes, METRIC=metric, num_warps=1)
+def sum_pool(
+    pool: Tensor, p_norm: Tensor, state: Tensor, sizes: tuple[int, ...], metric: str
+) -> None:
+    """Launch the norms of the pool, and what sets ``state``, before costs of gathered rows."""
+    states = state.numel()
+    _pool_norm_kernel[(max(sizes[1], triton.cdiv(states, 32)),)](
+        pool, p_norm, state, states, sizes, METRIC=metric, num_warps=1
+    )
 
 
 def launch(

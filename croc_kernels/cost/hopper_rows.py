@@ -1,8 +1,8 @@
 """Rows of the sm_90 kernel: where tokens lie and which count.
 
-``pointers``: tokens, index, row counts, pool, pool norms, result, state. ``sizes``: rows, columns,
-components, rows per image, sources, strides of images, tokens and pool rows. ``state``: see
-hopper_norms.py.
+``pointers``: tokens, index, row counts, pool, pool norms, result, state, squares. ``sizes``: rows,
+columns, components, rows per image, sources, strides of images, tokens and pool rows. ``state``,
+``squares``: see hopper_norms.py.
 """
 
 from triton.experimental import gluon
@@ -20,9 +20,25 @@ def tile_place(tile, rows, m, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROU
 
 
 @gluon.jit
+def tile_sharers(
+    tile, tile_m, sizes, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr
+):
+    """Tiles of this tile's row that programs reach in the first round of that row.
+
+    And whether this tile is one of them.
+    """
+    tiles_m, tiles_n = gl.cdiv(sizes[0], BLOCK_M), gl.cdiv(sizes[1], BLOCK_N)
+    top = tile_m // GROUP_M * GROUP_M
+    height = gl.minimum(tiles_m - top, GROUP_M)
+    first = top * tiles_n + tile_m - top
+    end = (first // gl.num_programs(0) + 1) * gl.num_programs(0)
+    return gl.minimum(gl.cdiv(end - first, height), tiles_n), tile < end
+
+
+@gluon.jit
 def row_state(row, pointers, sizes):
     """Where a row's token starts (0 if nowhere), whether the row counts, whether it exists."""
-    _, index_ptr, num_rows_ptr, _, _, _, _ = pointers
+    _, index_ptr, num_rows_ptr, _, _, _, _, _ = pointers
     rows, _, _, length, sources, stride_b, stride_n, _ = sizes
     live = row < rows
     batch, place = row // length, row % length

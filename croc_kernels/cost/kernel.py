@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import capability, interpreted, on_device
-from .config import CostConfig, one_matrix, pick_config, pick_hopper
+from .config import PARTS, CostConfig, one_matrix, pick_config, pick_hopper
 from .prepass import (
     CLEAR,
     NORMS,
@@ -284,19 +284,23 @@ class _Problem:
 
         dense = self.index is None and self.num_rows is None
         dense = dense and one_matrix(tuple(self.tokens.shape), self.strides[:2])
-        nearest, state = out.dtype == torch.int64, None
+        nearest, squares = out.dtype == torch.int64, None
         sizes = (self.rows, self.m, self.dim, self.length, self.tokens.shape[1], *self.strides)
+        tiles_m = triton.cdiv(self.rows, self.hopper.block_m)
+        states = 2 + (1 if nearest else 2) * tiles_m
+        state = out.new_empty((states,), dtype=torch.int32)
+        if not nearest:
+            shape = tiles_m, PARTS, self.hopper.block_m
+            squares = out.new_empty(shape, dtype=torch.float32)
         if nearest or dense:
             rows = self.rows if nearest else 0
-            # Claims; for nearest rows also what is done of each row tile.
-            states = 2 + triton.cdiv(rows, self.hopper.block_m)
-            state = out.new_empty((states,), dtype=torch.int32)
             _hopper_start_kernel[(triton.cdiv(max(rows, states), CLEAR),)](
                 out if nearest else None, state, rows, states, BLOCK=CLEAR
             )
         else:
-            hopper.sum_pool(self.pool, self.p_norm, sizes, self.metric)
-        operands = self.tokens, self.index, self.num_rows, self.pool, self.p_norm, out, state
+            hopper.sum_pool(self.pool, self.p_norm, state, sizes, self.metric)
+        operands = self.tokens, self.index, self.num_rows, self.pool, self.p_norm, out
+        operands += state, squares
         hopper.launch(operands, sizes, self.hopper, self.metric, dense)
 
 
