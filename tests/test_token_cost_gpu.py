@@ -154,23 +154,24 @@ def test_token_cost_on_a_gpu_by_any_number_of_programs(
     # Tiles share norms. Of 5 times as many programs as can run, most have not begun when others
     # look for their shares.
     monkeypatch.setattr(kernel, "pick_hopper", lambda *_: config.HOPPER)
-    tokens = torch.randn(9, 432, 1024, device="cuda").bfloat16()
-    pool = torch.randn(2100, 1024, device="cuda").bfloat16()
-    rows = torch.randperm(9 * 432, device="cuda").view(9, 432) if gathered else None
-    cost = token_cost(tokens, pool, token_index=rows)
-    terms = tokens.double().square().sum(-1).view(-1)[..., None] + pool.double().square().sum(-1)
-    square = exact_square(tokens.view(-1, 1024), pool)
-    order = torch.arange(9 * 432, device="cuda") if rows is None else rows.view(-1)
-    off = cost.double().square().view(-1, 2100) - square[order]
+    rows, pool = 9 * 432, torch.randn(2100, 1024, device="cuda").bfloat16()
+    tokens = torch.randn(rows, 1024, device="cuda").bfloat16()
+    order = torch.randperm(rows, device="cuda").view(9, 432)
+
+    def costs(first: int = 0) -> Tensor:
+        if gathered:
+            return token_cost(tokens, pool, token_index=order[first:])
+        return token_cost(tokens[order[first:]], pool)
+
+    cost = costs()
+    terms = tokens.double().square().sum(-1)[:, None] + pool.double().square().sum(-1)
+    off = cost.double().square() - exact_square(tokens, pool)[order]
     assert (off.abs() <= 1e-6 * terms[order]).all()
-    alone = token_cost(
-        tokens if gathered else tokens[4:], pool, token_index=rows[4:] if gathered else None
-    )
-    assert torch.equal(alone, cost[4:])
+    assert torch.equal(costs(4), cost[4:])
     resident = torch.cuda.get_device_properties(0).multi_processor_count
     for programs in (1, 5, 17, resident - 1, 2 * resident, 5 * resident):
         monkeypatch.setattr(hopper, "_multiprocessors", lambda _, n=programs: n)
-        assert torch.equal(token_cost(tokens, pool, token_index=rows), cost)
+        assert torch.equal(costs(), cost)
 
 
 def test_token_cost_on_a_gpu_of_equal_rows_by_either_kernel(
