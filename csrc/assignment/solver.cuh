@@ -57,6 +57,7 @@ inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int mos
   plan.shared = s.carve(nullptr, max_n, max_m, plan.groups, plan.blocks);
   if (plan.groups > 0 && plan.shared <= shared_limit - kStaticShared) return plan;
   plan.shared = 0;
+  if (plan.groups == 1) plan.groups = 4;  // one kernel less to compile
   // What the blocks of a cluster tell each other is in their shared memory, and takes more of it.
   return plan.blocks > 1 ? make_plan(batch, max_n, max_m, shared_limit, 1, many_rows) : plan;
 }
@@ -74,7 +75,7 @@ inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
 template <class T>
 auto matching_kernel(const Plan& plan) -> void (*)(Arguments) {
   if (plan.groups == 0) return match_rows<T, 0, false>;
-  if (plan.groups == 1) return plan.shared > 0 ? match_rows<T, 1, true> : match_rows<T, 1, false>;
+  if (plan.groups == 1) return match_rows<T, 1, true>;
   return plan.shared > 0 ? match_rows<T, 4, true> : match_rows<T, 4, false>;
 }
 
