@@ -66,6 +66,22 @@ def test_gpu_every_length(name, length):
     check(run(mask), *inputs(mask, 4, 4, 128, torch.bfloat16), mask, 1 / math.sqrt(128))
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+@pytest.mark.parametrize("name", MASKS)
+def test_gpu_every_mask_of_256_columns(name, heads, dtype):
+    mask = MASKS[name](3, 517, "cuda")
+    check(run(mask), *inputs(mask, *heads, 256, dtype), mask, 0.0625)
+
+
+@pytest.mark.parametrize("length", [128, 129, 1000, 1681, 3100])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_gpu_every_forward_of_hopper(dim, length):
+    for name in ("spans", "left", "window"):
+        mask = MASKS[name](2 if length < 1024 else 1, length, "cuda")
+        check(run(mask), *inputs(mask, 4, 2, dim, torch.float16), mask, 1 / math.sqrt(dim))
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (7, 1), (12, 4), (16, 1)])
 def test_gpu_shared_key_heads(heads):
     mask = MASKS["packed"](2, 300, "cuda")

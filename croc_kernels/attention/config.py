@@ -60,7 +60,7 @@ class HopperForwardConfig:
     """Tiles of the warp-specialised forward kernel, and how many heads share a stretch of turns.
 
     ``dynamic``: programs draw their tiles from a counter. ``skip``: a warp group leaves out tiles
-    of keys that only the others' rows see.
+    of keys that only the others' rows see. ``registers``: of a thread that multiplies.
     """
 
     block_n: int
@@ -69,6 +69,7 @@ class HopperForwardConfig:
     groups: int
     dynamic: bool = False
     skip: bool = False
+    registers: int = 232
 
     @property
     def block_m(self) -> int:
@@ -77,12 +78,12 @@ class HopperForwardConfig:
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
-        # 65536 registers for 128 threads per warp group and as many beside the loading warp.
-        consumer, producer = {2: (232, 40), 3: (160, 32)}[self.groups]
+        # Of 65536, 128 threads per warp group take these, as many beside the loading warp the rest.
+        rest = {2: 504, 3: 512}[self.groups] - self.groups * self.registers
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
             "SECTION": self.section, "GROUPS": self.groups, "DYNAMIC": self.dynamic,
-            "SKIP": self.skip, "CONSUMER_REGISTERS": consumer, "PRODUCER_REGISTERS": producer,
+            "SKIP": self.skip, "CONSUMER_REGISTERS": self.registers, "PRODUCER_REGISTERS": rest,
         }  # fmt: skip
 
 
@@ -190,12 +191,17 @@ def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Backw
     return BackwardConfig(*_row(_BACKWARD[family(arch)], dim))
 
 
-# (block_n, stages, section, groups, dynamic, skip) per head dimension: of short rows, and from each
-# of HOPPER_LONG rows on. Measured on H100 and H200, docs/attention.md, but for D = 64 below 3072.
+# (block_n, stages, section, groups, dynamic, skip, registers) per head dimension: of short rows,
+# and from each of HOPPER_LONG rows on. Measured on H100 and H200, docs/attention.md, but for D = 64
+# below 3072.
 HOPPER_FORWARD = {
-    64: ((64, 4, 4, 2), (128, 3, 12, 2), (128, 3, 4, 3, True)),
+    64: ((64, 4, 4, 2), (128, 3, 12, 2), (128, 3, 4, 3, True, False, 160)),
     128: ((64, 4, 4, 2, False, True), (128, 2, 12, 2), (128, 2, 4, 2, True)),
-}
+    256: (
+        (64, 2, 12, 2, False, False, 216), (64, 2, 16, 2, True, False, 216),
+        (64, 2, 4, 2, True, False, 216),
+    ),
+}  # fmt: skip
 HOPPER_LONG = (1536, 3072)
 # Fewer rows than a tile has, as with a cache: the plain kernel has smaller ones.
 HOPPER_SHORTEST = 128

@@ -23,8 +23,9 @@ def of_sample(vector, batch):
     return vector[0] + batch.to(gl.int64) * vector[1]
 
 
-def tile_descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """(1, 1, block, D) tiles of a (B, H, L, D) tensor; rows past the end read as zeros."""
+def tile_descriptor(x: Tensor, block: int, columns: int = 0) -> TensorDescriptor:
+    """(1, 1, block, columns or D) tiles of a (B, H, L, D) tensor; rows past the end are zeros."""
     # The stride of a dimension of one element may be anything, and is never used.
     strides = [s if n > 1 else 8 for n, s in zip(x.shape[:3], x.stride(), strict=False)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, block, x.shape[3]], _TILES)
+    tile = [1, 1, block, columns or x.shape[3]]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], tile, _TILES)

@@ -151,6 +151,21 @@ def _lane_sums(weights):
 
 
 @gluon.jit
+def _leave(out, o_desc, o_tile, batch, head, row):
+    """Store a tile of the output; one of 256 columns in two halves through the same place."""
+    rows: gl.constexpr = out.shape[0]
+    columns: gl.constexpr = o_tile.shape[3]
+    parts = (out,)
+    if out.shape[1] == 2 * columns:
+        parts = gl.split(out.reshape([rows, 2, columns]).permute((0, 2, 1)))
+    for i in gl.static_range(out.shape[1] // columns):
+        tma.store_wait(0)
+        o_tile.reshape([rows, columns]).store(parts[i])
+        fence_async_shared()
+        tma_store(o_desc, [batch, head, row, i * columns], o_tile)
+
+
+@gluon.jit
 def _consume(
     operands, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr, DYNAMIC: gl.constexpr,
@@ -262,10 +277,7 @@ def _consume(
                 mbarrier.arrive(v_empty.index(slot), count=1)
                 it += 1
         acc = acc * gl.convert_layout(share, o_rows)[:, None]
-        tma.store_wait(0)
-        o_tile.reshape([ROWS, D]).store(acc.to(dtype))
-        fence_async_shared()
-        tma_store(o_desc, [plane // HEADS, plane % HEADS, row, 0], o_tile)
+        _leave(acc.to(dtype), o_desc, o_tile, plane // HEADS, plane % HEADS, row)
         turn += 1
         item = _given(drawn, turn) if DYNAMIC else item + gl.num_programs(0)
     tma.store_wait(0)
@@ -289,7 +301,9 @@ def _mixed_attention_fwd_hopper_kernel(
     q_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, rows, D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
-    o_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, rows, D], o_desc.layout)
+    # Of 256 columns, half a tile of the output is all there is room for.
+    columns: gl.constexpr = 128 if D == 256 else D
+    o_smem = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, rows, columns], o_desc.layout)
     layout: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], layout)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], layout)
@@ -372,6 +386,6 @@ def hopper_fwd(
         counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _mixed_attention_fwd_hopper_kernel[(programs,)](
         tile_descriptor(q, rows), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
-        tile_descriptor(out, rows), lse, counter, *bounds, scale * LOG2_E, length, items,
-        HEADS=heads, GROUP=heads // k.shape[1], D=dim, **picked.constants(), num_warps=4,
+        tile_descriptor(out, rows, min(dim, 128)), lse, counter, *bounds, scale * LOG2_E, length,
+        items, HEADS=heads, GROUP=heads // k.shape[1], D=dim, **picked.constants(), num_warps=4,
     )  # fmt: skip
