@@ -247,12 +247,19 @@ ATTENTION_LENGTHS_CPU = (
 )
 COST_GPU = tuple(Matching(f"cost-B{b}", b) for b in (4, 32, 128))
 COST_CPU = (Matching("cost-B1-C256", 1, dim=256),)
+# How the solver holds where problems are hardest; from 1000 rows on and here peers are left out.
+HARD = ("init_tight", "trained_tight", "trained_skew", "pictures", "lowrank", "product", "dup_rows")
+ASSIGNMENT_HARD = (
+    *(Assignment(f, 128) for f in HARD),
+    *(Assignment(f, 8, 2016) for f in HARD),
+)
 ASSIGNMENT_GPU = (
     *(Assignment(f, b) for f in ("init", "trained", "uniform") for b in (4, 32, 128)),
     *(Assignment(f, 8) for f in FAMILIES if f not in ("init", "trained", "uniform")),
     *(Assignment(f, b, 547) for f in ("init", "trained") for b in (4, 32)),  # SigLIP 2
     *(Assignment(f, b, 1536) for f in ("init", "trained") for b in (4, 32)),  # Qwen
     *(Assignment(f, b, 2016) for f in ("init", "trained") for b in (4, 32)),
+    *ASSIGNMENT_HARD,
 )
 ASSIGNMENT_CPU = (Assignment("init", 2), Assignment("trained", 2), Assignment("uniform", 4))
 REPLACEMENT_GPU = (Replacement("croc-1k-B16", 16, 1024), Replacement("croc-2k-B32", 32, 2048))

@@ -69,6 +69,8 @@ def test_linear_assignment(
     peer.require(device, case.batch)
     if peer is not CROC and case.rows >= LONG_ROWS:
         pytest.skip(f"from {LONG_ROWS} rows on peers take seconds per problem")
+    if peer is not CROC and case in cases.ASSIGNMENT_HARD:
+        pytest.skip("timed at 8 problems")
     cost = case.cost(device)
     call = peer.prepare()
     error = gap = None
