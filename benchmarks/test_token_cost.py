@@ -78,3 +78,17 @@ def test_nearest_token(
         op="nearest_token", case=case.name, provider=peer.name, direction="fwd",
         error_over_budget=error,
     )  # fmt: skip
+
+
+@pytest.mark.cases(cuda=cases.COST_GPU, cpu=cases.COST_CPU)
+def test_token_cost_gemm_alone(
+    benchmark: object, device: torch.device, ceiling: Ceiling, case: cases.Matching
+) -> None:
+    """The product in the operands' dtype and nothing else: what both operators are held against."""
+    tokens, pool = _inputs(case, device)
+    rows, columns = tokens.flatten(0, 1), pool.T
+    work = Work(case.cost_flops(), case.cost_bytes(tokens.element_size(), with_matrix=False))
+    measure(
+        benchmark, lambda: torch.mm(rows, columns), device, ceiling, work,
+        op="gemm", case=case.name, provider="torch", direction="fwd",
+    )  # fmt: skip
