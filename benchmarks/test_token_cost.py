@@ -14,6 +14,7 @@ from .timing import Ceiling, Work, measure
 
 COST = peers.Peer("croc", lambda: token_cost)
 NEAREST = peers.Peer("croc", lambda: nearest_token)
+PRODUCT = peers.Peer("gemm", lambda: torch.mm)
 
 
 def _inputs(case: cases.Matching, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -81,14 +82,19 @@ def test_nearest_token(
 
 
 @pytest.mark.cases(cuda=cases.COST_GPU, cpu=cases.COST_CPU)
-def test_token_cost_gemm_alone(
-    benchmark: object, device: torch.device, ceiling: Ceiling, case: cases.Matching
+@pytest.mark.parametrize("peer", [PRODUCT], ids=lambda peer: peer.name)
+def test_token_cost_product_alone(
+    benchmark: object,
+    device: torch.device,
+    ceiling: Ceiling,
+    case: cases.Matching,
+    peer: peers.Peer,
 ) -> None:
-    """The product in the operands' dtype and nothing else: what both operators are held against."""
+    """In the operands' dtype and nothing else: what both operators are held against."""
     tokens, pool = _inputs(case, device)
-    rows, columns = tokens.flatten(0, 1), pool.T
+    rows, columns, call = tokens.flatten(0, 1), pool.T, peer.prepare()
     work = Work(case.cost_flops(), case.cost_bytes(tokens.element_size(), with_matrix=False))
     measure(
-        benchmark, lambda: torch.mm(rows, columns), device, ceiling, work,
-        op="gemm", case=case.name, provider="torch", direction="fwd",
+        benchmark, lambda: call(rows, columns), device, ceiling, work,
+        op="gemm", case=case.name, provider=peer.name, direction="fwd",
     )  # fmt: skip
