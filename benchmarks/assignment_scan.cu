@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kPathThreads, 1)
   for (int i = threadIdx.x; i < p.n; i += blockDim.x) s.u[i] = 0.0, s.twin[i] = i;
   if (threadIdx.x == 0) s.list[0] = p.n - 1;
   __syncthreads();
-  const PathEnd end = shortest_path<float, kGroups, true>(p.costs, s, s.list);
+  const RowGraph<float, true> graph{p.costs, s};
+  const PathEnd end = shortest_path<float, kGroups>(graph, s.list);
   if (threadIdx.x == 0) reads[blockIdx.x] = end.reads, steps[blockIdx.x] = end.steps;
 }
 

@@ -86,8 +86,19 @@ def test_emulated_anneal_shortens_the_rest() -> None:
 
 
 @needs_compiler
+def test_emulated_anneal_of_many_rows() -> None:
+    """Where more than five ninths of them want columns that others want."""
+    rng = np.random.default_rng(2)
+    cost = np.outer(rng.random(280), rng.random(310)).astype(np.float32)[None]
+    first, *others = (emulator.solve(cost, blocks=b, seed=s) for b, s in ((1, 0), (2, 5), (3, 1)))
+    assert_same_bits(first, *others)
+    check(cost, first, None, False)
+    assert first.counters[0]["anneal_steps"] > 0
+
+
+@needs_compiler
 def test_emulated_anneal_not_for_many_rows() -> None:
-    """Their auction is faster; fewer rows in the same batch are annealed as they are alone."""
+    """Where fewer crowd an auction is faster; few rows in the same batch are annealed as alone."""
     cost = make("product", 272, 280, 0)[None]
     assert emulator.solve(cost, blocks=1).counters[0]["anneal_steps"] == 0
     wide = np.full((2, 1030, 1030), np.nan, np.float32)

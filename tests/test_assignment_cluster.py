@@ -84,6 +84,32 @@ def test_levels_enclose_costs(family: str, dtype: type) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("rows", [1, 37, 2100])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offers_by_levels_are_exact(family: str, rows: int, dtype: type) -> None:
+    """Levels only dismiss: what a column offers is what all of its costs give."""
+    cost = make(family, rows, 9, 0, dtype)
+    rng = np.random.default_rng(1)
+    least = np.where(np.isfinite(cost), cost, np.inf).min(1).astype(np.float64)
+    least = np.where(np.isfinite(least), least, 0.0)
+    spread = np.ptp(least) + 2.0**-10 * np.abs(least).max()
+    for dual in (
+        least + spread * rng.standard_normal(rows),  # within the costs' range
+        least + 2.0**-30 * spread * rng.standard_normal(rows),  # and nearly all alike
+        np.where(rng.random(rows) < 0.5, 0.0, 2.0**-149 * rng.random(rows)),
+        -100.0 * spread * rng.random(rows),
+    ):
+        found = emulator.offers(cost, np.ascontiguousarray(dual))
+        reduced = cost.astype(np.float64) - dual[:, None]
+        two = np.sort(np.vstack([reduced, np.full((1, 9), np.inf)]), 0)[:2]
+        np.testing.assert_array_equal(found[:, 0], two[0])
+        np.testing.assert_array_equal(found[:, 1], two[1])
+        finite = np.isfinite(two[0])
+        np.testing.assert_array_equal(found[finite, 2], reduced.argmin(0)[finite])
+
+
+@needs_compiler
 def test_plan_of_blocks() -> None:
     """At most as many blocks as an H100 has, for large problems whose state fits into a block."""
     blocks = {b: emulator.blocks(b, 2016, 2048) for b in (1, 16, 17, 32, 33, 64, 65, 200)}

@@ -29,10 +29,11 @@ constexpr double kLog2OfE = 1.4426950408889634;
 constexpr float kMostPower = 100.0f;  // of two, of a row's share before its sum is known
 
 // From a temperature of kHottest times that of the first steps on it falls by half, so many times,
-// with kSteps at each; a potential goes kRelaxed times as far as to its new value.
-constexpr double kHottest = 8.0;
-constexpr int kHalvings = 6, kSteps = 6;
-constexpr double kRelaxed = 1.5;
+// with kSteps at each, or fewer once no potential of a column is further from its new value than
+// kSettled temperatures; a potential goes kRelaxed times as far as to that.
+constexpr double kHottest = 8.0, kHottestMany = 32.0;  // with many rows
+constexpr int kHalvings = 6, kHalvingsMany = 8, kSteps = 6;
+constexpr double kRelaxed = 1.5, kSettled = 0.25;
 
 // What the blocks write: sums of two steps in turn, since a block may begin the next step while
 // another still reads this one's. The copies of columns, or the levels where others of the batch
@@ -62,7 +63,8 @@ struct AnnealState {
   }
 };
 
-// Whether more than a third of the rows would be left free by a matching of nearest columns.
+// Whether more than a third of the rows would be left free by a matching of nearest columns, or of
+// many rows more than five ninths: with fewer their auction is faster.
 template <class T>
 __device__ bool crowded(const Problem<T>& p) {
   __shared__ unsigned taken[kAnnealColumns / kWarp];
@@ -76,7 +78,8 @@ __device__ bool crowded(const Problem<T>& p) {
   __syncthreads();
   int served = 0;
   for (int w = threadIdx.x; w < words; w += blockDim.x) served += __popc(taken[w]);
-  return kCrowded * (p.n - block_count(served, 0)) > p.n;
+  const int free = p.n - block_count(served, 0);
+  return p.many ? 9 * free > 5 * p.n : kCrowded * free > p.n;
 }
 
 // Sums of eight numbers over a warp: lanes 4 k to 4 k + 3 get the k-th.
@@ -286,11 +289,15 @@ __device__ double leftover_potential(const AnnealState<T>& state, int n, int m, 
   return s;
 }
 
-// Potentials of the columns from the parts' sums, in the same way by every block; returns that of
-// the leftover ones.
+struct Leftover {
+  double s;         // the potential of the leftover columns
+  float unsettled;  // how far a column's potential was from its new value, at most
+};
+
+// Potentials of the columns from the parts' sums, in the same way by every block.
 template <class T>
-__device__ CROC_NOINLINE double anneal_columns(Arguments a, double temperature, double s,
-                                               int page) {
+__device__ CROC_NOINLINE Leftover anneal_columns(Arguments a, double temperature, double s,
+                                                 int page) {
   const Problem<T> p(a);
   const AnnealState<T> state(p, page);
   const int mine = 4 * static_cast<int>(threadIdx.x), stride = 4 * kAnnealThreads;
@@ -314,6 +321,7 @@ __device__ CROC_NOINLINE double anneal_columns(Arguments a, double temperature, 
   }
   if (p.m > p.n) s = leftover_potential(state, p.n, p.m, temperature, s);
   const double per_power = kLog2OfE / temperature;
+  float unsettled = 0.0f;
   for (int first = mine; first < p.m; first += stride) {
     T demand[4], before[4];
     four(state.demand, first, demand), four(state.potential, first, before);
@@ -328,17 +336,19 @@ __device__ CROC_NOINLINE double anneal_columns(Arguments a, double temperature, 
       }
       const double its = static_cast<double>(before[c]);
       state.potential[first + c] = static_cast<T>(its + kRelaxed * (next - its));
+      unsettled = fmaxf(unsettled, static_cast<float>(fabs(next - its)));
     }
   }
-  return s;
+  return {s, block_most(unsettled, page)};
 }
 
 // Grid (batch, blocks of a cluster). Problems that the first start serves well return at once.
 template <class T>
 __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
   const Problem<T> p(a);
-  if (p.failed() || p.many || p.n < kAnnealRows || p.m > kAnnealColumns) return;
-  double temperature = kHottest * p.scalars().temperature, s = 0.0;
+  if (p.failed() || p.n < kAnnealRows || p.m > kAnnealColumns) return;
+  const double hottest = p.many ? kHottestMany : kHottest;
+  double temperature = hottest * p.scalars().temperature;
   if (!(temperature > 0.0) || !crowded(p)) return;
   const Team team = Team::all();
   const AnnealState<T> state(p, 0);
@@ -348,21 +358,25 @@ __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
     if (i % kParts % team.size == team.rank) p.work.row_value[i] = p.work.u[i];
   __syncthreads();
   const bool vectors = p.costs.vectors, wide = p.m > 4 * kFours * kAnnealThreads;
-  constexpr int kAll = (kHalvings + 1) * kSteps;
-  for (int step = 0; step < kAll; ++step) {
-    if (step > 0 && step % kSteps == 0) temperature *= 0.5;
-    if (wide)
-      vectors ? anneal_rows<T, true, true>(a, temperature, step & 1)
-              : anneal_rows<T, false, true>(a, temperature, step & 1);
-    else
-      vectors ? anneal_rows<T, true, false>(a, temperature, step & 1)
-              : anneal_rows<T, false, false>(a, temperature, step & 1);
-    team.wait();
-    s = anneal_columns<T>(a, temperature, s, step & 1);
+  const int halvings = p.many ? kHalvingsMany : kHalvings;
+  Leftover leftover{0.0, 0.0f};
+  int steps = 0;
+  for (int halving = 0; halving <= halvings; ++halving, temperature *= 0.5) {
+    for (int step = 0; step < kSteps; ++step, ++steps) {
+      if (step > 0 && leftover.unsettled < kSettled * temperature) break;
+      if (wide)
+        vectors ? anneal_rows<T, true, true>(a, temperature, steps & 1)
+                : anneal_rows<T, false, true>(a, temperature, steps & 1);
+      else
+        vectors ? anneal_rows<T, true, false>(a, temperature, steps & 1)
+                : anneal_rows<T, false, false>(a, temperature, steps & 1);
+      team.wait();
+      leftover = anneal_columns<T>(a, temperature, leftover.s, steps & 1);
+    }
   }
   if (team.rank != 0) return;
   __syncthreads();
-  count(p.scalars(), kAnnealSteps, kAll);
+  count(p.scalars(), kAnnealSteps, steps);
   for (int j = threadIdx.x; j < p.m; j += blockDim.x) p.potential()[j] = state.potential[j];
   __syncthreads();
   threshold(p);
@@ -372,7 +386,7 @@ __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
 template <class T>
 __global__ void nearest_again(Arguments a) {
   const Problem<T> p(a);
-  if (p.scalars().counters[kAnnealSteps] > 0) find_nearest(p);
+  if (p.annealed()) find_nearest(p);
 }
 
 }  // namespace croc::gpu

@@ -9,7 +9,10 @@
 namespace croc::gpu {
 
 constexpr int kNobody = 0x7fffffff;
-constexpr int kWindow = 6;  // rounds after which bidding looks back
+constexpr int kWindow = 6;       // rounds after which bidding looks back
+constexpr int kLastRounds = 60;  // with an epsilon, when nearly few enough rows are free
+
+__device__ inline int nearly(int enough) { return enough + enough / 3; }
 
 // One warp scans one row.
 template <class T>
@@ -128,7 +131,8 @@ __device__ inline void award(const State& s, int num_free) {
 
 // Rounds until at most `enough` rows are free, no bid can be made, or none of the rounds `left` is.
 // With more than `patient` rows free it also ends when kWindow rounds free less than a tenth of
-// them. Returns the free rows, listed in s.list; their u is at most their least reduced cost.
+// them, and with an epsilon after kLastRounds rounds with nearly few enough. Returns the free rows,
+// listed in s.list; their u is at most their least reduced cost.
 template <class T>
 __device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int& left, int enough,
                    int patient) {
@@ -137,12 +141,13 @@ __device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int
   const Lists<T> lists = p.lists();
   const auto free = [&](int row) { return s.column_of[row] < 0; };
   int num_free = block_collect(p.n, s.list, p.n, free);
-  int before = num_free;
+  int before = num_free, last_rounds = 0;
   for (int round = 0; left > 0 && num_free > enough; ++round, --left) {
     if (round == kWindow) {
       if (num_free > patient && 10 * num_free > 9 * before) break;
       round = 0, before = num_free;
     }
+    if (epsilon > 0.0 && num_free <= nearly(enough) && ++last_rounds > kLastRounds) break;
     if (team.rank == 0) count(p.scalars(), kRounds, 1), count(p.scalars(), kBids, num_free);
     const bool made = place_bids(p.costs, lists, s, team, num_free, epsilon, next);
     if (made) award(s, num_free);

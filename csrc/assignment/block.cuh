@@ -22,6 +22,10 @@ __device__ inline float rounded_down(float, double x) { return __double2float_rd
 __device__ inline double rounded_down(double, double x) { return x; }
 __device__ inline float rounded_up(float, double x) { return __double2float_ru(x); }
 __device__ inline double rounded_up(double, double x) { return x; }
+// x y + z
+__device__ inline float sum_down(float x, float y, float z) { return __fmaf_rd(x, y, z); }
+__device__ inline double sum_down(double x, double y, double z) { return __fma_rd(x, y, z); }
+__device__ inline float sum_up(float x, float y, float z) { return __fmaf_ru(x, y, z); }
 
 __device__ inline uint64_t warp_min(uint64_t x) {
   const unsigned high = static_cast<unsigned>(x >> 32);
@@ -110,6 +114,16 @@ __device__ inline int block_count(int x, int turn) {
   __syncthreads();
   return static_cast<int>(
       __reduce_add_sync(kAllLanes, lane_id() < warp_count() ? slots[turn & 1][lane_id()] : 0u));
+}
+
+// The largest of non-negative numbers over the block. `turn` as in block_least.
+__device__ inline float block_most(float x, int turn) {
+  __shared__ int slots[2][kWarp];
+  const int of_warp = __reduce_max_sync(kAllLanes, static_cast<int>(__float_as_uint(x)));
+  if (lane_id() == 0) slots[turn & 1][warp_id()] = of_warp;
+  __syncthreads();
+  const int mine = lane_id() < warp_count() ? slots[turn & 1][lane_id()] : 0;
+  return __uint_as_float(static_cast<unsigned>(__reduce_max_sync(kAllLanes, mine)));
 }
 
 // Writes the indices below `count` for which `keep` holds to `list`, in order and at most `room` of

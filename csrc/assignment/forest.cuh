@@ -13,8 +13,8 @@
 namespace croc::gpu {
 
 // A path may go on past the first unmatched column found.
-template <class T, bool kVectors>
-struct ForestGraph : RowGraph<T, kVectors> {
+template <class T, bool kVectors, int kNodesAtOnce>
+struct ForestGraph : RowGraph<T, kVectors, kNodesAtOnce> {
   __device__ double relief(int) const { return infinity(); }
 };
 
@@ -35,8 +35,7 @@ __device__ double distance_of(const Costs<T>& costs, const State& s, int wanted,
   });
   double furthest = -infinity();
   for (int j = threadIdx.x; j < costs.m; j += blockDim.x)
-    if (reached(j) && __double2float_ru(s.reach[j]) <= most)
-      furthest = fmax(furthest, s.reach[j]);
+    if (reached(j) && __double2float_ru(s.reach[j]) <= most) furthest = fmax(furthest, s.reach[j]);
   furthest = -block_min(-furthest);
   return is_finite(furthest) ? furthest : infinity();
 }
@@ -57,24 +56,23 @@ __device__ unsigned ends_within(const Graph& graph, const Nodes& nodes, double d
 }
 
 // Shortest paths from the listed rows until `wanted` unmatched columns are in reach.
-template <class T, int kGroups, bool kVectors>
+template <class T, int kGroups, bool kVectors, int kNodesAtOnce>
 __device__ Forest grow(const Costs<T>& costs, const State& s, int count, int wanted) {
-  using Graph = ForestGraph<T, kVectors>;
+  using Graph = ForestGraph<T, kVectors, kNodesAtOnce>;
   using Its = Nodes<T, kGroups, Graph::kWidth>;
-  constexpr int kAtOnce = Its::kAtOnce;
+  constexpr int kAtOnce = nodes_at_once<kGroups, Graph>();
   SearchSlots& slots = search_slots();
   const Graph graph{{costs, s}};
   Its nodes(s, graph.count());
   forget(graph, nodes, infinity());
-  Front<kAtOnce> front;
   Forest forest{infinity(), count, (count + kAtOnce - 1) / kAtOnce};
-  read_sources(graph, nodes, s.list, count, front, infinity());
+  read_sources(graph, nodes, s.list, count, infinity());
   __syncthreads();
   const double bound = distance_of(costs, s, wanted, infinity());  // it only falls from here on
   tighten(graph, nodes, bound);
   double settled = 0.0;  // no distance below it changes any more
   for (int turn = 0;; turn ^= 1) {
-    tell_nearest(graph, nodes, slots.nearest[turn]);
+    const int told = tell_nearest(graph, nodes, slots.nearest[turn]);
     const unsigned ends = __reduce_add_sync(kAllLanes, ends_within(graph, nodes, settled));
     if (lane_id() == 0) slots.values[turn][warp_id()] = ends;
     __syncthreads();
@@ -84,7 +82,9 @@ __device__ Forest grow(const Costs<T>& costs, const State& s, int count, int wan
     if (static_cast<int>(all) >= wanted) break;
     settled = __uint_as_float(
         __reduce_min_sync(kAllLanes, exists ? slots.nearest[turn][lane_id()].key : ~0u));
-    if (!choose_front(graph, nodes, slots.nearest[turn], bound, front)) break;
+    Front<T, Graph> front{graph, slots.nearest[turn]};
+    if (!front.template choose<kAtOnce>(bound)) break;
+    if (front.has(warp_id())) stop_waiting(graph, nodes, told);
     read_front(graph, nodes, front, bound);
     forest.reads += front.count;
     ++forest.steps;

@@ -5,15 +5,19 @@
 
 namespace croc::gpu {
 
-__device__ inline float sum_down(float sign, float x, float y) { return __fmaf_rd(sign, x, y); }
-__device__ inline double sum_down(double sign, double x, double y) { return __fma_rd(sign, x, y); }
+constexpr int kPathThreads = 512;
+
+// Nodes read per step, where a thread keeps its own in registers and there are no more than four.
+// Searches among many rows read hundreds of them; with fewer rows eight lost to four.
+constexpr int kFront = 4, kWideFront = 8;
+template <int kGroups>
+constexpr int kWide = kGroups == 1 ? kWideFront : kFront;
 
 // A thread's nodes, kGroups times kWidth of them, of each a limit and a key. A node comes nearer
 // only where base + cost, rounded down, is not above its limit. The key is a lower bound of its
 // distance while it waits to be read, else +inf.
 template <class T, int kGroups, int kWidth>
 struct Nodes {
-  static constexpr int kAtOnce = kGroups == 1 ? 4 : 1;  // nodes read per step: registers
   T limits[kGroups][kWidth];
   float keys[kGroups][kWidth];
 
@@ -37,7 +41,6 @@ struct Nodes {
 // Any number of them, in the workspace.
 template <class T>
 struct Nodes<T, 0, 4> {
-  static constexpr int kAtOnce = 1;
   T* limits;
   float* keys;
   int its_groups;
@@ -85,10 +88,10 @@ __device__ inline bool owns_fours(int node, int& g, int& k) {
 }
 
 // From a row to the columns; a matched column leads to its row. A path may end at an unmatched one.
-template <class T, bool kVectors>
+template <class T, bool kVectors, int kNodesAtOnce = kFront>
 struct RowGraph {
   using Four = FourCosts<T>;
-  static constexpr int kWidth = 4;
+  static constexpr int kWidth = 4, kAtOnce = kNodesAtOnce;
   const Costs<T>& costs;
   const State& s;
 
@@ -102,15 +105,16 @@ struct RowGraph {
   __device__ double dual(int node) const { return s.v[node]; }
   __device__ double relief(int node) const { return s.row_of[node] < 0 ? 0.0 : infinity(); }
   __device__ double cost(int row, int node) const { return costs.at(row, node); }
-  __device__ void read(int row, int g, Four& four) const {
-    const T* p = costs.base + row * costs.row_stride;
-    const int first = node(g, 0);
-    if (!kVectors)
-      costs.load_each(p, first, four.x);
-    else if (first < costs.m)
-      Costs<T>::load_vector(p + first, four.x);
+  using Where = int64_t;  // a row's place among the costs
+  __device__ Where where(int row) const { return row * costs.row_stride; }
+  // Threads beyond the last column read others' again: without a branch all loads go together.
+  __device__ void read(Where row, int g, Four& four) const {
+    if (kVectors)
+      Costs<T>::load_vector(costs.base + row + min(node(g, 0), costs.m - 4), four.x);
+    else
+      costs.load_each(costs.base + row, node(g, 0), four.x);
   }
-  __device__ void keep(int, int, const Four&) const {}
+  __device__ void keep(Where, int, const Four&) const {}
 
   // Whether to read the node later would reach nothing new: it leads nowhere, or to a row with the
   // same costs as the one just read and no nearer.
@@ -125,7 +129,7 @@ struct RowGraph {
 template <class T, int kNodes>
 struct ColumnGraph {
   using Four = FourCosts<T>;
-  static constexpr int kWidth = kNodes;
+  static constexpr int kWidth = kNodes, kAtOnce = kFront;
   const Costs<T>& costs;
   const State& s;
   T* copies;
@@ -149,6 +153,8 @@ struct ColumnGraph {
     const Column<T> entries(costs, s, copies, column);  // where it has just been read
     return static_cast<double>(costs.sign * entries.from[node * entries.stride]);
   }
+  using Where = int;
+  __device__ Where where(int column) const { return column; }
   __device__ void read(int column, int g, Four& four) const {
     const Column<T> entries(costs, s, copies, column);
 #pragma unroll
@@ -175,6 +181,7 @@ struct ColumnGraph {
 template <class T>
 struct LevelGraph : ColumnGraph<T, 4> {
   using Four = FourLevels<T>;
+  static constexpr int kAtOnce = kWideFront;
   Levels<T> levels;
 
   __device__ static int node(int g, int k) {

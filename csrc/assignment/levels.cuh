@@ -30,6 +30,16 @@ __device__ inline double number_of(unsigned level) {
 
 __device__ inline unsigned level_in(unsigned word, int k) { return word >> 8 * k & 255u; }
 
+// Nearly that level, and whether it is.
+template <class T>
+__device__ unsigned level_near(T cost, T low, T per_step) {
+  return static_cast<unsigned>(lesser((cost - low) * per_step, static_cast<T>(kLevels)));
+}
+__device__ inline bool encloses(unsigned level, double cost, double low, double step) {
+  const double x = number_of(level);
+  return fma(x, step, low) <= cost && (level == 254 || cost < fma(x + 1.0, step, low));
+}
+
 __device__ inline unsigned level_of(double cost, double low, double step, double per_step) {
   if (!is_finite(cost)) return kNoLevel;
   int level = static_cast<int>(fmin(kLevels, (cost - low) * per_step));
@@ -45,14 +55,15 @@ __device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels<T> levels, Team
   for (int group = team.warp(); group * kWarp < costs.m; group += team.warps()) {
     const int column = group * kWarp + lane_id();
     if (column >= costs.m) continue;
-    double low = infinity(), high = -infinity();
-#pragma unroll 8
+    const T* entries = costs.base + column * costs.column_stride;
+    T least = static_cast<T>(infinity()), most = -least;
+#pragma unroll 16
     for (int i = 0; i < costs.n; ++i) {
-      const double x = costs.at(i, column);
-      low = lesser(low, x);
-      high = is_finite(x) ? greater(high, x) : high;
+      const T x = costs.sign * __ldg(entries + i * costs.row_stride);
+      least = lesser(least, x);
+      most = x < static_cast<T>(infinity()) ? greater(most, x) : most;
     }
-    low = is_finite(low) ? low : 0.0;
+    const double low = is_finite(least) ? least : 0.0, high = most;
     // A little more than a 254th of the range, so that the last level ends beyond it, with the
     // least double for ranges that have few bits.
     const double range = high > low ? high - low : 0.0;
@@ -61,15 +72,29 @@ __device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels<T> levels, Team
     levels.low[column] = static_cast<T>(low);
     levels.step[column] = its_step;
     for (int first = 0; first < costs.n; first += kLevelRows) {
-      double x[kLevelRows];
+      T x[kLevelRows];  // all loads before their use
 #pragma unroll
       for (int k = 0; k < kLevelRows; ++k)
-        x[k] = first + k < costs.n ? costs.at(first + k, column) : infinity();
+        x[k] = __ldg(entries + min(first + k, costs.n - 1) * costs.row_stride);
       LevelWords words = {};
+      unsigned again = 0;
 #pragma unroll
-      for (int k = 0; k < kLevelRows; ++k)
-        words.of[k / kRowsPerWord] |= level_of(x[k], low, step, per_step) << 8 * (k % kRowsPerWord);
-      *reinterpret_cast<LevelWords*>(levels.column(column) + first) = words;
+      for (int k = 0; k < kLevelRows; ++k) {
+        const T cost = first + k < costs.n ? costs.sign * x[k] : static_cast<T>(infinity());
+        unsigned level = kNoLevel;
+        if (is_finite(static_cast<double>(cost))) {
+          level = level_near(cost, static_cast<T>(low), static_cast<T>(per_step));
+          again |= static_cast<unsigned>(!encloses(level, cost, low, step)) << k;
+        }
+        words.of[k / kRowsPerWord] |= level << 8 * (k % kRowsPerWord);
+      }
+      unsigned char* its_levels = levels.column(column) + first;
+      *reinterpret_cast<LevelWords*>(its_levels) = words;
+      for (; again != 0; again &= again - 1) {
+        const int k = __ffs(static_cast<int>(again)) - 1;
+        its_levels[k] =
+            static_cast<unsigned char>(level_of(costs.at(first + k, column), low, step, per_step));
+      }
     }
   }
 }

@@ -45,6 +45,16 @@ __device__ inline float power_of_two(float x) {
 #endif
 }
 
+// From global memory that this kernel may have written, before a barrier.
+template <class T>
+__device__ T load_cached(const T* address) {
+#ifdef CROC_EMULATION
+  return *address;
+#else
+  return __ldca(address);
+#endif
+}
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) & (kWarp - 1); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ inline int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }

@@ -343,6 +343,7 @@ struct Problem {
   }
   __device__ T* copies() const { return static_cast<T*>(work.copies); }
   __device__ bool failed() const { return work.scalars->status != kOk; }
+  __device__ bool annealed() const { return work.scalars->counters[kAnnealSteps] > 0; }
 };
 
 // A row's own order of the columns, for ties: it starts at `turn`, far from where its neighbours

@@ -37,12 +37,81 @@ __device__ inline SearchSlots& search_slots() {
   return slots;
 }
 
-// Nodes to be read in one step.
-template <int kAtOnce>
+// How many nodes a step reads: registers decide.
+template <int kGroups, class Graph>
+__device__ constexpr int nodes_at_once() {
+  return kGroups == 1 ? Graph::kAtOnce : 1;
+}
+
+// Where a step's paths go on.
+struct Origin {
+  int from;
+  double distance;
+};
+
+// The nodes to be read in one step: those that some of the warps have told. Lane w holds what
+// becomes of that of warp w, whether it is read or not.
+template <class T, class Graph>
 struct Front {
+  static_assert(kPathThreads <= 16 * kWarp && Graph::kAtOnce <= 8, "four bits name a warp");
+  const Graph& graph;
+  const Waiting* of_warps;
+  int count = 0;
+  unsigned chosen = 0;            // a bit per warp
+  unsigned warps = 0;             // four bits for each that is chosen
+  typename Graph::Where where{};  // this lane's
+  T base = 0;                     // its distance less its dual, rounded down
+
+  // The least keys, up to kAtOnce of them, which is nearly the order of the distances; keys that
+  // differ in their last four bits count as equal. Every warp does the same. False: none is waiting
+  // below the bound.
+  template <int kAtOnce>
+  __device__ bool choose(double bound) {
+    const int lane = lane_id();
+    Waiting mine{0.0, ~0u, 0};
+    if (lane < warp_count()) mine = of_warps[lane];
+    // NaN is beyond it too.
+    const bool waits =
+        lane < warp_count() && static_cast<double>(__uint_as_float(mine.key)) < bound;
+    const int next = waits ? graph.next(mine.node) : 0;
+    where = graph.where(next);
+    base = waits ? rounded_down(T(), mine.distance - graph.dual_of(next)) : static_cast<T>(0);
+    unsigned key = waits ? (mine.key & ~15u) | static_cast<unsigned>(lane) : ~0u;
+#pragma unroll
+    for (int w = 0; w < kAtOnce; ++w) {
+      const unsigned least = __reduce_min_sync(kAllLanes, key);
+      if (least == ~0u) break;
+      if (key == least) key = ~0u;
+      chosen |= 1u << (least & 15u);
+      warps |= (least & 15u) << 4 * w;
+      count = w + 1;
+    }
+    return count > 0;
+  }
+  __device__ bool has(int warp) const { return (chosen >> warp & 1u) != 0; }
+  __device__ int warp(int w) const { return static_cast<int>(warps >> 4 * w & 15u); }
+  // By all lanes of a warp; beyond the last one what some node has.
+  __device__ auto place(int w) const { return __shfl_sync(kAllLanes, where, warp(w)); }
+  __device__ T base_of(int w) const { return __shfl_sync(kAllLanes, base, warp(w)); }
+  // By any.
+  __device__ Origin origin(int w) const {
+    const Waiting waiting = of_warps[warp(w)];
+    return {graph.next(waiting.node), waiting.distance};
+  }
+};
+
+// The same for the sources of a search, at distance zero.
+template <class T, class Graph>
+struct SourceFront {
+  const Graph& graph;
+  const int* sources;
   int count;
-  int from[kAtOnce];
-  double distance[kAtOnce];
+
+  __device__ auto place(int w) const { return graph.where(sources[min(w, count - 1)]); }
+  __device__ T base_of(int w) const {
+    return rounded_down(T(), -graph.dual_of(sources[min(w, count - 1)]));
+  }
+  __device__ Origin origin(int w) const { return {sources[w], 0.0}; }
 };
 
 // The nodes of kWidth that a path through the node just read may bring nearer.
@@ -55,13 +124,15 @@ __device__ unsigned promising(const Nodes& nodes, int g, T sign, T base, const F
   return found;
 }
 
-// A path through `from`, which is at distance `start`, to this thread's node (g, k), if it is
-// shorter than `bound`; returns the end it leads to. It is never shorter than its first part,
+// A path through a node that was read to this thread's node (g, k), if it is shorter than `bound`;
+// returns the end it leads to. It is never shorter than its first part,
 // whatever is rounded, so the predecessors never form a circle.
 template <class Nodes, class Graph>
-__device__ double reach(const Graph& graph, Nodes& nodes, int g, int k, int from, double start,
+__device__ double reach(const Graph& graph, Nodes& nodes, int g, int k, Origin origin,
                         double bound) {
   const State& s = graph.s;
+  const int from = origin.from;
+  const double start = origin.distance;
   const int node = graph.node(g, k);
   const double base = start - graph.dual_of(from), dual = graph.dual(node);
   const double cost = graph.cost(from, node), before = s.reach[node];
@@ -95,85 +166,54 @@ __device__ Waiting nearest_node(const Graph& graph, const Nodes& nodes) {
   return {0.0, __float_as_uint(least), node};
 }
 
-// The least keys of the warps, up to kAtOnce of them, which is nearly the order of the distances.
-// Every warp does the same. False: none is waiting below the bound.
-template <class Nodes, class Graph, int kAtOnce>
-__device__ bool choose_front(const Graph& graph, Nodes& nodes, const Waiting* of_warps,
-                             double bound, Front<kAtOnce>& front) {
-  unsigned key = lane_id() < warp_count() ? of_warps[lane_id()].key : ~0u;
-  if (!(static_cast<double>(__uint_as_float(key)) < bound)) key = ~0u;  // NaN too
-  front.count = 0;
-#pragma unroll
-  for (int w = 0; w < kAtOnce; ++w) {
-    const unsigned least = __reduce_min_sync(kAllLanes, key);
-    if (least == ~0u) break;
-    const int lane = __ffs(static_cast<int>(__ballot_sync(kAllLanes, key == least))) - 1;
-    if (lane_id() == lane) key = ~0u;
-    const Waiting waiting = of_warps[lane];
-    int its_g, its_k;
-    if (Graph::owns(waiting.node, its_g, its_k))
-      nodes.set_key(its_g, its_k, static_cast<float>(infinity()));
-    front.from[w] = graph.next(waiting.node);
-    front.distance[w] = waiting.distance;
-    front.count = w + 1;
-  }
-  return front.count > 0;
-}
-
 // Reads the nodes of the front; returns the nearest end that this thread knows.
-template <class T, int kGroups, class Graph, int kAtOnce>
+template <class T, int kGroups, class Graph, class Nearest>
 __device__ double read_front(const Graph& graph, Nodes<T, kGroups, Graph::kWidth>& nodes,
-                             const Front<kAtOnce>& front, double lowest) {
-  constexpr int kWidth = Graph::kWidth;
+                             const Nearest& front, double lowest) {
+  constexpr int kWidth = Graph::kWidth, kAtOnce = nodes_at_once<kGroups, Graph>();
   const T sign = graph.costs.sign;
-  const auto base_of = [&](int w) {
-    return rounded_down(T(), front.distance[w] - graph.dual_of(front.from[w]));
-  };
   if constexpr (kGroups == 0) {
-    const T base = base_of(0);
+    const T base = front.base_of(0);
+    const Origin origin = front.origin(0);
     for (int g = 0; g < nodes.groups(); ++g) {
       typename Graph::Four four;
-      graph.read(front.from[0], g, four);
-      graph.keep(front.from[0], g, four);
+      graph.read(graph.where(origin.from), g, four);
+      graph.keep(graph.where(origin.from), g, four);
       unsigned rest = promising<kWidth>(nodes, g, sign, base, four);
       for (; rest != 0; rest &= rest - 1)
-        lowest = lesser(lowest, reach(graph, nodes, g, __ffs(static_cast<int>(rest)) - 1,
-                                      front.from[0], front.distance[0], lowest));
+        lowest = lesser(lowest,
+                        reach(graph, nodes, g, __ffs(static_cast<int>(rest)) - 1, origin, lowest));
     }
     return lowest;
   } else {
     typename Graph::Four fours[kAtOnce][kGroups];
+    typename Graph::Where places[kAtOnce];
 #pragma unroll
     for (int w = 0; w < kAtOnce; ++w) {
-      if (w >= front.count) break;
+      places[w] = front.place(w);
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) graph.read(front.from[w], g, fours[w][g]);
+      for (int g = 0; g < kGroups; ++g) graph.read(places[w], g, fours[w][g]);
     }
 #pragma unroll
     for (int w = 0; w < kAtOnce; ++w) {
       if (w >= front.count) break;
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) graph.keep(front.from[w], g, fours[w][g]);
+      for (int g = 0; g < kGroups; ++g) graph.keep(places[w], g, fours[w][g]);
     }
     unsigned rest = 0;  // a bit per cost: few, or all of them
 #pragma unroll
     for (int w = 0; w < kAtOnce; ++w) {
-      if (w >= front.count) break;
-      const T base = base_of(w);
+      const T base = front.base_of(w);
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g)
-        rest |= promising<kWidth>(nodes, g, sign, base, fours[w][g])
-                << (kWidth * (w * kGroups + g));
+      for (int g = 0; g < kGroups; ++g) {
+        const unsigned found = promising<kWidth>(nodes, g, sign, base, fours[w][g]);
+        rest |= w < front.count ? found << (kWidth * (w * kGroups + g)) : 0u;
+      }
     }
     for (; rest != 0; rest &= rest - 1) {
       const int place = __ffs(static_cast<int>(rest)) - 1, w = place / (kWidth * kGroups);
-      int from = front.from[0];
-      double start = front.distance[0];
-#pragma unroll
-      for (int other = 1; other < kAtOnce; ++other)
-        if (w == other) from = front.from[other], start = front.distance[other];
-      lowest = lesser(lowest, reach(graph, nodes, place / kWidth % kGroups, place % kWidth, from,
-                                    start, lowest));
+      lowest = lesser(lowest, reach(graph, nodes, place / kWidth % kGroups, place % kWidth,
+                                    front.origin(w), lowest));
     }
     return lowest;
   }
@@ -210,29 +250,32 @@ __device__ void tighten(const Graph& graph, Nodes& nodes, double bound) {
   }
 }
 
-// Each warp tells the others its nearest node.
+// Each warp tells the others its nearest node. Returns it in the lane that has it, else -1.
 template <class Nodes, class Graph>
-__device__ void tell_nearest(const Graph& graph, const Nodes& nodes, Waiting* of_warps) {
+__device__ int tell_nearest(const Graph& graph, const Nodes& nodes, Waiting* of_warps) {
   const Waiting mine = nearest_node(graph, nodes);
   const unsigned least = __reduce_min_sync(kAllLanes, mine.key);
   const unsigned votes = __ballot_sync(kAllLanes, mine.key == least);
-  if (lane_id() != __ffs(static_cast<int>(votes)) - 1) return;
+  if (lane_id() != __ffs(static_cast<int>(votes)) - 1) return -1;
   const double distance = mine.node < graph.count() ? graph.s.reach[mine.node] : infinity();
   of_warps[warp_id()] = {distance, mine.key, mine.node};
+  return mine.node;
 }
 
-// Reads the sources, at distance zero; nobody waits for anybody in between.
-template <class T, int kGroups, class Graph, int kAtOnce>
+// A node that is read waits no longer; `told` by this lane, or -1.
+template <class Nodes, class Graph>
+__device__ void stop_waiting(const Graph&, Nodes& nodes, int told) {
+  int g = 0, k = 0;
+  if (told >= 0 && Graph::owns(told, g, k)) nodes.set_key(g, k, static_cast<float>(infinity()));
+}
+
+// Reads the sources; nobody waits for anybody in between.
+template <class T, int kGroups, class Graph>
 __device__ double read_sources(const Graph& graph, Nodes<T, kGroups, Graph::kWidth>& nodes,
-                               const int* sources, int count, Front<kAtOnce>& front,
-                               double lowest) {
+                               const int* sources, int count, double lowest) {
+  constexpr int kAtOnce = nodes_at_once<kGroups, Graph>();
   for (int first = 0; first < count; first += kAtOnce) {
-    front.count = min(kAtOnce, count - first);
-#pragma unroll
-    for (int w = 0; w < kAtOnce; ++w) {
-      front.from[w] = sources[min(first + w, count - 1)];
-      front.distance[w] = 0.0;
-    }
+    const SourceFront<T, Graph> front{graph, sources + first, min(kAtOnce, count - first)};
     lowest = read_front(graph, nodes, front, lowest);
   }
   return lowest;
@@ -243,15 +286,14 @@ __device__ double read_sources(const Graph& graph, Nodes<T, kGroups, Graph::kWid
 template <class T, int kGroups, class Graph>
 __device__ Found search(const Graph& graph, const int* sources, int count, double bound) {
   using Its = Nodes<T, kGroups, Graph::kWidth>;
-  constexpr int kAtOnce = Its::kAtOnce;
+  constexpr int kAtOnce = nodes_at_once<kGroups, Graph>();
   SearchSlots& slots = search_slots();
   Its nodes(graph.s, graph.count());
   forget(graph, nodes, bound);
-  Front<kAtOnce> front;
   Found found{-1, bound, count, (count + kAtOnce - 1) / kAtOnce};
-  double lowest = read_sources(graph, nodes, sources, count, front, bound);
+  double lowest = read_sources(graph, nodes, sources, count, bound);
   for (int turn = 0;; turn ^= 1) {
-    tell_nearest(graph, nodes, slots.nearest[turn]);
+    const int told = tell_nearest(graph, nodes, slots.nearest[turn]);
     uint64_t of_warp = ordered(found.bound);
     if (__any_sync(kAllLanes, lowest < found.bound)) of_warp = warp_min(ordered(lowest));
     if (lane_id() == 0) slots.values[turn][warp_id()] = of_warp;
@@ -260,7 +302,9 @@ __device__ Found search(const Graph& graph, const int* sources, int count, doubl
         warp_min(lane_id() < warp_count() ? slots.values[turn][lane_id()] : ~uint64_t{0}));
     const bool nearer = lowest < found.bound;  // in every thread, or in none
     found.bound = lowest;
-    if (!choose_front(graph, nodes, slots.nearest[turn], lowest, front)) break;
+    Front<T, Graph> front{graph, slots.nearest[turn]};
+    if (!front.template choose<kAtOnce>(lowest)) break;
+    if (front.has(warp_id())) stop_waiting(graph, nodes, told);
     if (nearer) tighten(graph, nodes, lowest);
     lowest = read_front(graph, nodes, front, lowest);
     found.reads += front.count;
@@ -279,9 +323,9 @@ __device__ Found search(const Graph& graph, const int* sources, int count, doubl
   return found;
 }
 
-template <class T, int kGroups, bool kVectors>
-__device__ PathEnd shortest_path(const Costs<T>& costs, const State& s, const int* source) {
-  const Found found = search<T, kGroups>(RowGraph<T, kVectors>{costs, s}, source, 1, infinity());
+template <class T, int kGroups, class Graph>
+__device__ PathEnd shortest_path(const Graph& graph, const int* source) {
+  const Found found = search<T, kGroups>(graph, source, 1, infinity());
   return {found.node, found.bound, found.reads, found.steps};
 }
 

@@ -10,7 +10,6 @@
 
 namespace croc::gpu {
 
-constexpr int kPathThreads = 512;
 constexpr int kEnoughFree = 8;       // one row less costs bidding more than a path of its own
 constexpr int kBidRounds = 80;       // at most, before the first forest
 constexpr int kAfterForest = 40;     // and after one
@@ -44,14 +43,15 @@ __device__ CROC_NOINLINE int bid_free(Arguments a, int* left) {
 }
 
 // A forest from all free rows; false if it reaches no unmatched column.
-template <class T, int kGroups, bool kShared>
+template <class T, int kGroups, bool kShared, int kNodesAtOnce>
 __device__ CROC_NOINLINE bool grow_forest(Arguments a, int num_free) {
   const Work<T, kGroups, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
   const int wanted = (num_free + 1) / 2;
-  const Forest forest = p.costs.vectors ? grow<T, kGroups, true>(p.costs, s, num_free, wanted)
-                                        : grow<T, kGroups, false>(p.costs, s, num_free, wanted);
+  const Forest forest = p.costs.vectors
+                            ? grow<T, kGroups, true, kNodesAtOnce>(p.costs, s, num_free, wanted)
+                            : grow<T, kGroups, false, kNodesAtOnce>(p.costs, s, num_free, wanted);
   count(p.scalars(), kForests, 1);
   count(p.scalars(), kForestScans, forest.reads);
   count(p.scalars(), kForestSteps, forest.steps);
@@ -75,9 +75,13 @@ __device__ CROC_NOINLINE void bid_together(Arguments a) {
   const Problem<T>& p = work.p;
   const Team team = Team::all();
   team.wait();  // all have begun: from here on their shared memory may be written
+  const int few = min(kTogetherFree, p.n / kAuctionShare);
   int left = kTogetherRounds;
-  const int num_free = bid(p, work.s, team, 0.0, left, kEnoughFree, p.n);
-  if (num_free <= min(kTogetherFree, p.n / kAuctionShare)) return;
+  const bool served = bid(p, work.s, team, 0.0, left, kEnoughFree, few) <= few;
+  // Under the annealed start most columns that get no row may keep a price: reading them takes
+  // longest then.
+  const bool priced = p.annealed() && 2 * collect_priced(p.costs, work.s) > p.m - p.n;
+  if (served && !priced) return;
   // A problem read through swapped strides has its columns in whole lines already.
   const Levels<T> levels = p.levels(a, !p.swapped);
   if (!p.swapped) {
@@ -85,7 +89,7 @@ __device__ CROC_NOINLINE void bid_together(Arguments a) {
     if (team.rank == 0 && threadIdx.x == 0) p.scalars().with_levels = 1;
     team.wait();
   }
-  auction(p, levels, work.s, team);
+  if (!served) auction(p, levels, work.s, team);
 }
 
 // Rounds of bids by the priced columns, while a few rows are still free: many find one, or need no
@@ -98,18 +102,20 @@ __device__ CROC_NOINLINE int raise_columns(Arguments a) {
   const State& s = work.s;
   settle_rows(p.costs, s);
   clear_bids(s, p.m);
+  lower_duals(p, p.levels(a), s);
+  int priced = -1;
   for (int round = 0; round < kRaiseLimit; ++round) {
-    const int priced = collect_priced(p.costs, s);
+    if (priced < 0) priced = collect_priced(p.costs, s);
     if (priced == 0) break;
     count(p.scalars(), kRaiseRounds, 1);
     count(p.scalars(), kRaiseBids, priced);
-    bid_columns_once(p, p.levels(a), s, priced, 0.0);
+    priced = bid_columns_once(p, p.levels(a), s, priced, 0.0);
   }
   return block_collect(p.n, s.list, p.n, [&](int row) { return s.column_of[row] < 0; });
 }
 
 // One shortest path per free row; false if there is none for a row.
-template <class T, int kGroups, bool kShared, bool kVectors>
+template <class T, int kGroups, bool kShared, bool kVectors, int kNodesAtOnce>
 __device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
   const Work<T, kGroups, kShared> work(a);
   const Problem<T>& p = work.p;
@@ -117,13 +123,20 @@ __device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
   count(p.scalars(), kFreeRows, num_free);
   settle_rows(p.costs, s);
   for (int k = 0; k < num_free; ++k) {
-    const PathEnd end = shortest_path<T, kGroups, kVectors>(p.costs, s, s.list + k);
+    const RowGraph<T, kVectors, kNodesAtOnce> graph{p.costs, s};
+    const PathEnd end = shortest_path<T, kGroups>(graph, s.list + k);
     count(p.scalars(), kRowScans, end.reads);
     count(p.scalars(), kRowSteps, end.steps);
     if (end.column < 0) return false;
     augment(p.costs, s, s.list[k], end);
   }
   return true;
+}
+
+template <class T, int kGroups, bool kShared, bool kVectors>
+__device__ bool match_free(const Arguments& a, int num_free, bool wide) {
+  return wide ? match_listed<T, kGroups, kShared, kVectors, kWide<kGroups>>(a, num_free)
+              : match_listed<T, kGroups, kShared, kVectors, kFront>(a, num_free);
 }
 
 // What remains of the reverse pass, one shortest path each. `kLevels`: the columns' levels are
@@ -140,7 +153,7 @@ __device__ CROC_NOINLINE void release_columns(Arguments a) {
     else
       return plain;
   }();
-  for (int j = threadIdx.x; j < p.m; j += blockDim.x)
+  for (int j = threadIdx.x; p.slots > 0 && j < p.m; j += blockDim.x)
     if (s.row_of[j] >= 0 || s.v[j] < 0.0) take_slot(s, j, p.slots);
   if (threadIdx.x == 0) s.target[0] = 0;
   // Each search leaves one priced column less, so this ends.
@@ -168,7 +181,7 @@ __device__ void timed(const Arguments& a, Counter which, Phase phase) {
 
 // Bids, and a forest whenever they stall, while that helps; returns the number of rows left free.
 template <class T, int kGroups, bool kShared>
-__device__ int bid_and_grow(const Arguments& a) {
+__device__ int bid_and_grow(const Arguments& a, bool wide) {
   int left = kBidRounds, num_free = 0;
   const auto bids = [&] {
     timed(a, kBidTime, [&] { num_free = bid_free<T, kGroups, kShared>(a, &left); });
@@ -177,7 +190,10 @@ __device__ int bid_and_grow(const Arguments& a) {
   for (int misses = 0; misses < kForestMisses && num_free > kForestLeast;) {
     const int before = num_free;
     bool found = false;
-    timed(a, kForestTime, [&] { found = grow_forest<T, kGroups, kShared>(a, num_free); });
+    timed(a, kForestTime, [&] {
+      found = wide ? grow_forest<T, kGroups, kShared, kWide<kGroups>>(a, num_free)
+                   : grow_forest<T, kGroups, kShared, kFront>(a, num_free);
+    });
     if (!found) break;
     left = max(left, kAfterForest);
     bids();
@@ -212,16 +228,16 @@ __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
     timed(a, kAuctionTime, [&] { bid_together<T, kGroups, kShared>(a); });
     if (Team::all().rank != 0) return;
   }
-  int num_free = bid_and_grow<T, kGroups, kShared>(a);
+  int num_free = bid_and_grow<T, kGroups, kShared>(a, outline.many);
   if (num_free > kAuctionLeast && num_free > outline.n / kAuctionShare) {
     timed(a, kAuctionTime, [&] { run_auction<T, kGroups, kShared>(a); });
-    num_free = bid_and_grow<T, kGroups, kShared>(a);
+    num_free = bid_and_grow<T, kGroups, kShared>(a, outline.many);
   }
   timed(a, kRaiseTime, [&] { num_free = raise_columns<T, kGroups, kShared>(a); });
   bool matched = false;
   timed(a, kPathTime, [&] {
-    matched = outline.vectors ? match_listed<T, kGroups, kShared, true>(a, num_free)
-                              : match_listed<T, kGroups, kShared, false>(a, num_free);
+    matched = outline.vectors ? match_free<T, kGroups, kShared, true>(a, num_free, outline.many)
+                              : match_free<T, kGroups, kShared, false>(a, num_free, outline.many);
   });
   if (matched)
     timed(a, kReleaseTime, [&] {

@@ -55,6 +55,8 @@ struct Group {  // a warp or the block, at most one operation at a time
   uint64_t values[2]
                  [kLanes];  // shuffles: what each lane gave, for this operation and the one before
   int turn = 0;
+  int order[2];  // addresses for ThreadSanitizer, for a warp's barriers in turn
+  int barriers = 0;
 };
 
 struct Machine {  // a block
@@ -389,6 +391,16 @@ void* cluster_address(const void* address, unsigned rank) {
 uint64_t warp_reduce(Op op, uint64_t value, int site) {
   const int warp = machine->running / kLanes;
   return join(machine->warps[warp], op, value, site, warp * kLanes, kLanes, Wait::kWarp);
+}
+
+void warp_wait(int site) {
+  const int warp = machine->running / kLanes;
+  Group& group = machine->warps[warp];
+  int& order = group.order[group.barriers & 1];
+  release(order);
+  if (group.arrived + 1 == kLanes) ++group.barriers;
+  join(group, Op::kWarpBarrier, 0, site, warp * kLanes, kLanes, Wait::kWarp);
+  acquire(order);
 }
 
 uint64_t warp_shuffle(uint64_t value, int source, int site) {

@@ -55,13 +55,15 @@ enum class Op {
   kReduceAdd,
   kReduceMinSigned,
   kReduceMaxSigned,
-  kBallot
+  kBallot,
+  kWarpBarrier
 };
 uint64_t block_wait(Op op, uint64_t value, int site);
 void cluster_wait(int site);
 // The same place in another block's shared memory.
 void* cluster_address(const void* address, unsigned rank);
 uint64_t warp_reduce(Op op, uint64_t value, int site);
+void warp_wait(int site);
 uint64_t warp_shuffle(uint64_t value, int source, int site);
 void check_mask(unsigned mask);
 void maybe_switch();  // before an atomic: other threads may come first
@@ -102,6 +104,7 @@ T update(T* address, Choose choose) {
 #define __syncthreads_or(x)                                          \
   (static_cast<int>(emulation::block_wait(emulation::Op::kBarrierOr, \
                                           static_cast<uint64_t>((x) != 0), __LINE__)))
+#define __syncwarp() emulation::warp_wait(__LINE__)
 #define __cluster_barrier_arrive() ((void)0)  // everybody waits at once
 #define __cluster_barrier_wait() emulation::cluster_wait(__LINE__)
 #define __cluster_map_shared_rank(address, rank) emulation::cluster_address(address, rank)
@@ -179,6 +182,14 @@ inline double __fma_rd(double x, double y, double z) {
   return std::nextafter(std::fma(x, y, z), -INFINITY);
 }
 inline float __fmaf_rd(float x, float y, float z) { return __double2float_rd(__fma_rd(x, y, z)); }
+inline float __fmaf_ru(float x, float y, float z) { return -__fmaf_rd(-x, y, -z); }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
+  unsigned result = 0;
+  for (int k = 0; k < 4; ++k)
+    result |= static_cast<unsigned>(both >> 8 * (selector >> 4 * k & 7u) & 255u) << 8 * k;
+  return result;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }

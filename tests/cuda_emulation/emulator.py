@@ -67,6 +67,7 @@ def library() -> ctypes.CDLL:
     shutil.rmtree(out.parent)
     loaded.emulate.restype = ctypes.c_char_p
     loaded.run_mistake.restype = loaded.level_ends.restype = ctypes.c_char_p
+    loaded.offers.restype = ctypes.c_char_p
     loaded.workspace_bytes.restype = ctypes.c_int64
     return loaded
 
@@ -157,6 +158,19 @@ def level_ends(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if error:
         raise RuntimeError(error.decode())
     return lower, upper, levels
+
+
+def offers(cost: np.ndarray, row_dual: np.ndarray) -> np.ndarray:
+    """By the levels of each column: least and second least reduced cost, row of the least."""
+    cost = np.ascontiguousarray(cost)
+    out = np.full((cost.shape[1], 3), np.nan)
+    error = library().offers(
+        _pointer(cost), int(cost.dtype == np.float64), *cost.shape,
+        _pointer(row_dual), _pointer(out),
+    )  # fmt: skip
+    if error:
+        raise RuntimeError(error.decode())
+    return out
 
 
 def racecheck(folder: pathlib.Path, mistake: str = "") -> subprocess.CompletedProcess[str]:

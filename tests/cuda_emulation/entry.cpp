@@ -158,6 +158,40 @@ extern "C" const char* level_ends(const void* cost, int is_double, int rows, int
   return emulation::error();
 }
 
+// What columns offer by their levels, given duals of the rows: (columns, 3) doubles, the least and
+// second least reduced cost and the row of the least.
+extern "C" const char* offers(const void* cost, int is_double, int rows, int columns,
+                              const double* row_dual, double* out) {
+  emulation::start(0);
+  const auto offer = [&](auto zero) {
+    using T = decltype(zero);
+    using Ends = std::conditional_t<sizeof(T) == 4, RoundedEnds, ExactEnds>;
+    const int pitch = level_pitch(rows);
+    std::vector<unsigned char> level(static_cast<size_t>(columns) * pitch + 15, kPoison);
+    std::vector<T> low(columns), step(columns);
+    const uintptr_t base = (reinterpret_cast<uintptr_t>(level.data()) + 15) / 16 * 16;
+    const Levels<T> made{reinterpret_cast<unsigned char*>(base), low.data(), step.data(), pitch};
+    const Costs<T> costs{static_cast<const T*>(cost), columns, 1, rows, columns, 1, false};
+    std::vector<double> dual(row_dual, row_dual + rows);
+    dual.resize(rows + 3);
+    std::vector<typename Ends::Number> lower(rows + 3);
+    for (int i = 0; i < rows; ++i) lower[i] = rounded_down(typename Ends::Number(), dual[i]);
+    emulation::launch([=] { make_levels(costs, made, Team::all()); }, dim3(1), 128, 64);
+    emulation::launch(
+        [&] {
+          for (int j = warp_id(); j < columns; j += warp_count()) {
+            const Offer found = find_offer(costs, made.column(j), Ends{low[j], step[j]},
+                                           dual.data(), lower.data(), j, 0, 1);
+            if (lane_id() != 0) continue;
+            out[3 * j] = found.least, out[3 * j + 1] = found.second, out[3 * j + 2] = found.row;
+          }
+        },
+        dim3(1), 128, 64);
+  };
+  is_double ? offer(0.0) : offer(0.0f);
+  return emulation::error();
+}
+
 extern "C" int bid_blocks(int batch, int rows, int columns, int64_t shared_limit, int most) {
   return make_plan(batch, std::min(rows, columns), std::max(rows, columns),
                    static_cast<int>(shared_limit), most)
