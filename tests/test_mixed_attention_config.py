@@ -85,7 +85,7 @@ def test_config_hopper_forward_is_what_was_measured(dim, length, tiles):
     [(128, 1, 16, 16), (511, 1, 16, 16), (512, 1, 16, 16), (512, 4, 16, 16), (1023, 2, 16, 16),
      (1024, 1, 16, 16), (1024, 4, 16, 16), (1535, 1, 16, 16), (1535, 2, 16, 16), (1536, 1, 16, 16),
      (1536, 2, 16, 16), (2048, 1, 16, 16), (3071, 4, 16, 16), (3072, 1, 4, 8), (4096, 1, 4, 8),
-     (4096, 2, 4, 2), (6144, 1, 4, 4), (8192, 1, 4, 4), (8192, 4, 4, 2)],
+     (4096, 2, 4, 2), (6143, 1, 4, 8), (6144, 1, 4, 4), (8192, 1, 4, 4), (8192, 4, 4, 2)],
 )  # fmt: skip
 def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered, ordered):
     for dim, tiles in config.HOPPER_BACKWARD.items():
@@ -100,7 +100,9 @@ def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered,
             )
             early = ahead or (not repeatable and dim == 64 and group == 1 and num_keys >= 1024)
             dealt = 8 if ahead and section == 16 else 1 if alone else section
-            assert picked == config.HopperBackwardConfig(*tiles, dealt, ahead, early)
+            late = dim == 64 and group == 1 and num_keys >= (6144 if repeatable else 1024)
+            assert picked == config.HopperBackwardConfig(*tiles, dealt, ahead, early, late)
+            assert picked.constants()["LATE"] == late
 
 
 def test_config_tma_takes_what_is_aligned_to_sixteen_bytes():

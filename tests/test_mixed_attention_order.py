@@ -160,16 +160,21 @@ def test_order_graph_of_the_unordered_backward_replays(dim):
             assert (got[1] - want[1]).norm() <= 2e-3 * want[1].norm()
 
 
-@pytest.fixture(params=["ahead", "early", "picked"])
+@pytest.fixture(params=["ahead", "early", "late", "picked"])
 def overlap(request, monkeypatch):
-    """What the kernels around the backward's share of its time, whatever gains most."""
+    """What the kernels around the backward's share of its time, and D = 64 with products that run
+    into the next step, whatever gains most.
+    """
+    late = request.param == "late"
+    if late and request.node.callspec.params["dim"] != 64:
+        pytest.skip("for D = 64 alone")
     if request.param != "picked":
         pick = config.pick_hopper_backward
 
         def forced(*arguments, ordered=False, **options):
             ahead = request.param == "ahead" and not ordered
             picked = pick(*arguments, ordered=ordered, **options)
-            return replace(picked, ahead=ahead, early=not ordered)
+            return replace(picked, ahead=ahead, early=not ordered, late=late)
 
         monkeypatch.setattr(config, "pick_hopper_backward", forced)
 

@@ -94,6 +94,7 @@ class HopperBackwardConfig:
 
     ``ahead``: a spare warp zeroes what the next section's tiles add to, which else the kernel
     before does. ``early``: the kernel after begins with heads that are done while others are not.
+    ``late``: each product for dK runs into the next tile of rows (D = 64 alone).
     """
 
     block_m: int
@@ -102,12 +103,14 @@ class HopperBackwardConfig:
     section: int
     ahead: bool = False
     early: bool = False
+    late: bool = False
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
             "SECTION": self.section, "AHEAD": self.ahead, "EARLY": self.early,
+            "LATE": self.late,
         }  # fmt: skip
 
 
@@ -227,6 +230,8 @@ HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
 # whether heads share keys. Measured on an H100, docs/attention.md.
 HOPPER_AHEAD = {(128, False): 512, (128, True): 1024, (256, True): 1024}
 HOPPER_EARLY = HOPPER_AHEAD | {(64, False): 1024}
+# The same for ``late``, and from how many keys on in order. Measured on an H200.
+HOPPER_LATE = {(64, False): (1024, 2 * HOPPER_LONG[1])}
 
 
 def _backward_section(dim: int, num_keys: int, group: int, ordered: bool, ahead: bool) -> int:
@@ -259,8 +264,9 @@ def pick_hopper_backward(
         not ordered and num_keys >= gained.get((dim, group > 1), math.inf)
         for gained in (HOPPER_AHEAD, HOPPER_EARLY)
     )
+    late = num_keys >= HOPPER_LATE.get((dim, group > 1), (math.inf,) * 2)[ordered]
     section = _backward_section(dim, num_keys, group, ordered, ahead)
-    return HopperBackwardConfig(*tiles, section, ahead, early)
+    return HopperBackwardConfig(*tiles, section, ahead, early, late)
 
 
 def tma_aligned(x: Tensor) -> bool:

@@ -137,8 +137,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
     bf16, dims = torch.bfloat16, config.HOPPER_BACKWARD
     cases = [backward_case(dim, bf16, ordered=o) for dim in dims for o in (False, True)]
     cases += [backward_case(128, torch.float16), backward_case(128, bf16, group=4)]
+    cases.append(backward_case(64, bf16, ordered=True, num_keys=8192))
     cases += [case(dim, bf16) for dim in dims for case in (prepare_case, finish_case)]
-    # With and without zeros ahead and an early end: of the cases above D = 64 and 128 have them.
+    # With and without zeros ahead, an early end and late products: of the cases above D = 64 and
+    # 128 have the second, one of them each of the others.
     for dim, group, num_keys in ((64, 1, 256), (128, 1, 256), (128, 4, 256), (256, 2, 1024)):
         for case in (backward_case, prepare_case, finish_case):
             cases.append(case(dim, bf16, group=group, num_keys=num_keys))

@@ -22,6 +22,13 @@ _ADD: tl.constexpr = tl.constexpr("""
     mov.b32 $0, 0;
 }
 """)
+# Without the conversion ptxas keeps one address for all additions of a thread. For LATE alone.
+_ADD_NEAR: tl.constexpr = tl.constexpr("""
+{
+    red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8};
+    mov.b32 $0, 0;
+}
+""")
 
 
 @gluon.jit
@@ -71,7 +78,9 @@ def _scores(
 
 
 @gluon.jit
-def _add(dq, where, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr):
+def _add(
+    dq, where, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, LATE: gl.constexpr
+):
     """Add a tile of dQ in the order of its registers: 16 consecutive bytes per thread."""
     R: gl.constexpr = D if TRANSPOSED else BLOCK_M
     C: gl.constexpr = BLOCK_M if TRANSPOSED else D
@@ -80,27 +89,36 @@ def _add(dq, where, TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.const
     r = gl.arange(0, R, gl.SliceLayout(1, dq.type.layout))
     c = gl.arange(0, C, gl.SliceLayout(0, dq.type.layout))
     quads_r = r // (16 * WR) * (WIDTH * 128) + ((r >> 4) % WR) * 128 + (r & 7) * 16
-    quads_c = (c // WIDTH) * (WR * 128) + ((c % WIDTH) >> 3) * 1024 + ((c >> 1) & 3) * 4
-    quads = (quads_r[:, None] + quads_c[None, :]).to(gl.int64) * 4
+    if LATE:
+        # What differs within a thread is added last, as a constant.
+        lane = quads_r[:, None] + ((c // WIDTH) * (WR * 128) + ((c >> 1) & 3) * 4)[None, :]
+        fixed = (((c % WIDTH) >> 3) * 4096).to(gl.int64)
+        place = where.to(gl.int64) + lane.to(gl.int64) * 4 + fixed[None, :]
+    else:
+        quads_c = (c // WIDTH) * (WR * 128) + ((c % WIDTH) >> 3) * 1024 + ((c >> 1) & 3) * 4
+        place = where.to(gl.int64) + (quads_r[:, None] + quads_c[None, :]).to(gl.int64) * 4
     gl.inline_asm_elementwise(
-        _ADD, "=r,l,l,l,l,f,f,f,f", [where.to(gl.int64) + quads, dq], dtype=gl.int8, is_pure=False,
-        pack=4,
+        _ADD_NEAR if LATE else _ADD, "=r,l,l,l,l,f,f,f,f", [place, dq], dtype=gl.int8,
+        is_pure=False, pack=4,
     )  # fmt: skip
 
 
 @gluon.jit
 def _step(
-    dk, dv, state, dq_ptr, tiles, bars, limits, key_low, key_high, outer,
+    dk, dv, ds16, state, dq_ptr, tiles, bars, limits, key_low, key_high, outer,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    ORDERED: gl.constexpr, AHEAD: gl.constexpr,
+    ORDERED: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
-    """One tile of rows: its part of dV, dK and dQ."""
+    """One tile of rows: its part of dV, dK and dQ. With LATE dV's product is issued before dP is
+    waited for, and dK's, with ``ds16`` on its left, runs into the next step, which then gives the
+    slot back.
+    """
     step, m, tile = state
     q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem = tiles
     _q_full, g_full, empty, ready = bars
     full, end_full, _dirty_ptr = limits
     s_layout: gl.constexpr = key_low.type.layout.parent
-    d_layout: gl.constexpr = dk.type.layout
+    d_layout: gl.constexpr = dv.type.layout
     a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_smem.dtype
@@ -115,17 +133,34 @@ def _step(
     mbarrier.wait(g_full.index(slot), phase)
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
     gw = hopper.warpgroup_mma(v_tile, g.permute((1, 0)), zero, use_acc=False, is_async=True)
-    lse = stats.index(0).load(row_layout)
-    s = hopper.warpgroup_mma_wait(1, [s])
+    if LATE:
+        s, dk, ds16 = hopper.warpgroup_mma_wait(1, [s, dk, ds16])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+        lse = stats.index(0).load(row_layout)
+    else:
+        lse = stats.index(0).load(row_layout)
+        s = hopper.warpgroup_mma_wait(1, [s])
     if (m < full) | (m >= end_full):
-        rows = m + gl.arange(0, BLOCK_M, row_layout)
-        see = (rows[None, :] >= key_low[:, None]) & (rows[None, :] < key_high[:, None])
+        rows = gl.arange(0, BLOCK_M, row_layout)
+        if LATE:
+            # Compared with constants: in a thread only ``fixed`` differs from row to row.
+            lane, fixed = (rows & 6)[None, :] + m, (rows & (BLOCK_M - 7))[None, :]
+            see = (fixed >= key_low[:, None] - lane) & (fixed < key_high[:, None] - lane)
+        else:
+            rows = m + rows
+            see = (rows[None, :] >= key_low[:, None]) & (rows[None, :] < key_high[:, None])
         s = gl.where(see, s, float("-inf"))
     p = gl.exp2(s * outer - lse[None, :])
-    delta = stats.index(1).load(row_layout)
+    if not LATE:
+        delta = stats.index(1).load(row_layout)
     if SHARED:
         p_smem.store(p.to(dtype))
         gw = hopper.warpgroup_mma_wait(0, [gw])
+    elif LATE:
+        p16 = gl.convert_layout(p.to(dtype), a_layout)
+        dv = hopper.warpgroup_mma(p16, g, dv, is_async=True)
+        gw = hopper.warpgroup_mma_wait(1, [gw])
+        delta = stats.index(1).load(row_layout)
     else:
         p16 = gl.convert_layout(p.to(dtype), a_layout)
         gw = hopper.warpgroup_mma_wait(0, [gw])
@@ -156,17 +191,21 @@ def _step(
         dk = hopper.warpgroup_mma(ds16, q, dk, is_async=True)
     if ORDERED:
         mbarrier.wait(ready, step & 1)
+    elif LATE:
+        # K and V came long before, but without a wait here the loop is slower.
+        mbarrier.wait(ready, 0)
     if SHARED:
         dq = hopper.warpgroup_mma_wait(2, [dq])
     else:
         dq, dv, p16 = hopper.warpgroup_mma_wait(1, [dq, dv, p16])
-    _add(dq, dq_ptr + tile.to(gl.int64) * (BLOCK_M * D), TRANSPOSED, BLOCK_M, D)
+    _add(dq, dq_ptr + tile.to(gl.int64) * (BLOCK_M * D), TRANSPOSED, BLOCK_M, D, LATE)
     if SHARED:
         dk, dv = hopper.warpgroup_mma_wait(0, [dk, dv])
-    else:
+    elif not LATE:
         dk, ds16 = hopper.warpgroup_mma_wait(0, [dk, ds16])
-    mbarrier.arrive(empty.index(slot), count=1)
-    return dk, dv
+    if not LATE:
+        mbarrier.arrive(empty.index(slot), count=1)
+    return dk, dv, ds16
 
 
 @gluon.jit
@@ -175,7 +214,7 @@ def _consumer(
     full, end_full, past, outer, scale, num_keys, num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr,
-    EARLY: gl.constexpr,
+    EARLY: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """Products of one tile of keys with every tile of rows that sees some of it."""
     WR: gl.constexpr = 4 if D == 256 else 8
@@ -202,21 +241,35 @@ def _consumer(
 
     dk = gl.zeros([BLOCK_N, D], gl.float32, d_layout)
     dv = gl.zeros([BLOCK_N, D], gl.float32, d_layout)
+    ds16 = gl.zeros([BLOCK_N, BLOCK_M], dtype, gl.DotOperandLayout(0, d_layout, 2))
+    q_full, g_full, empty, ready = bars
+    if LATE:
+        gl.static_assert(D == 64)
+        if not ORDERED:
+            bars = (q_full, g_full, empty, kv_full)
+        # The loop is then a pipeline of its own for ptxas, which else waits for every product.
+        dk, dv = hopper.warpgroup_mma_wait(
+            0, [hopper.warpgroup_mma_init(dk), hopper.warpgroup_mma_init(dv)]
+        )
+        dk = hopper.warpgroup_mma_init(dk)
     work = (q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem)
     limits = (full, end_full, bounds[2] + batch * num_tiles)
     step = 0
     if AHEAD:
         # Its warp said so long before, but where a section begins.
-        mbarrier.wait(bars[3], 0)
+        mbarrier.wait(ready, 0)
     for member in range(GROUP):
         tile = (batch * HEADS + key_head * GROUP + member) * num_tiles + first // BLOCK_M
         for m in range(first, past, BLOCK_M):
-            dk, dv = _step(
-                dk, dv, (step, m, tile), dq_ptr, work, bars, limits, key_low, key_high, outer,
-                D, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD,
+            dk, dv, ds16 = _step(
+                dk, dv, ds16, (step, m, tile), dq_ptr, work, bars, limits, key_low, key_high, outer,
+                D, BLOCK_M, BLOCK_N, STAGES, ORDERED, LATE,
             )  # fmt: skip
             step += 1
             tile += 1
+    if LATE:
+        dk, ds16 = hopper.warpgroup_mma_wait(0, [dk, ds16])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
 
     k_tile.store((dk * scale).to(dtype))
     v_tile.store(dv.to(dtype))
@@ -235,7 +288,7 @@ def _mixed_attention_bwd_hopper_kernel(
     num_keys, num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, ORDERED: gl.constexpr,
-    AHEAD: gl.constexpr, EARLY: gl.constexpr,
+    AHEAD: gl.constexpr, EARLY: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_N, D) tile of dK and dV per program; dQ is added up in float32.
 
@@ -329,7 +382,7 @@ def _mixed_attention_bwd_hopper_kernel(
                 (q_smem, k_smem, v_smem, g_smem, stats_smem, p_smem, ds_smem),
                 (q_full, g_full, empty, ready), kv_full, out_full, batch, key_head, key, first,
                 full, end_full, past, outer, scale, num_keys, num_tiles,
-                HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD, EARLY,
+                HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD, EARLY, LATE,
             )),
             (_producer, (
                 q_desc, k_desc, v_desc, g_desc, stats_desc, q_smem, k_smem, v_smem, g_smem,
