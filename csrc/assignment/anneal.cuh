@@ -33,7 +33,7 @@ constexpr float kMostPower = 100.0f;  // of two, of a row's share before its sum
 // kSettled temperatures; a potential goes kRelaxed times as far as to that.
 constexpr double kHottest = 8.0, kHottestMany = 32.0;  // with many rows
 constexpr int kHalvings = 6, kHalvingsMany = 8, kSteps = 6;
-constexpr double kRelaxed = 1.5, kSettled = 0.25;
+constexpr double kRelaxed = 1.5, kSettled = 0.15;
 
 // What the blocks write: sums of two steps in turn, since a block may begin the next step while
 // another still reads this one's. The copies of columns, or the levels where others of the batch

@@ -59,20 +59,17 @@ struct Share {
 
   __device__ void load(const Lists<T>& lists, int row, int lane) {
     const int64_t at = static_cast<int64_t>(row) * kWarp + lane;
-#pragma unroll
-    for (int k = 0; k < kListed; ++k) {
-      cost[k] = lists.cost[at * kListed + k];
-      column[k] = lists.column[at * kListed + k];
-    }
+    four(lists.cost + at * kListed, 0, cost);
+    const int4 columns = *reinterpret_cast<const int4*>(lists.column + at * kListed);
+    column[0] = columns.x, column[1] = columns.y, column[2] = columns.z, column[3] = columns.w;
     bound = lists.bound[at];
   }
   __device__ void store(const Lists<T>& lists, int row, int lane) const {
     const int64_t at = static_cast<int64_t>(row) * kWarp + lane;
 #pragma unroll
-    for (int k = 0; k < kListed; ++k) {
-      lists.cost[at * kListed + k] = cost[k];
-      lists.column[at * kListed + k] = column[k];
-    }
+    for (int k = 0; k < kListed; ++k) lists.cost[at * kListed + k] = cost[k];
+    *reinterpret_cast<int4*>(lists.column + at * kListed) = {column[0], column[1], column[2],
+                                                             column[3]};
     lists.bound[at] = bound;
   }
 };
@@ -201,10 +198,21 @@ __device__ Glance glance(const State& s, const Share<T>& share, int turn, int m)
   return {found, runner_up, __ballot_sync(kAllLanes, doubtful)};
 }
 
+// Sends for a whole row, before parts of it are read one after another. By one warp.
+template <class T>
+__device__ void fetch_row(const Costs<T>& costs, int row) {
+  if (costs.column_stride != 1) return;
+  constexpr int kStep = kLine / static_cast<int>(sizeof(T));
+  const T* from = costs.base + row * costs.row_stride;
+  for (int column = lane_id() * kStep; column < costs.m; column += kWarp * kStep)
+    prefetch(from + column);
+}
+
 // What find_bid returns, once the shares in doubt have been read again. Copies of its arguments
 // leave the caller's own in registers.
 template <class T>
 __device__ CROC_NOINLINE Bid bid_in_doubt(Costs<T> costs, Lists<T> lists, State s, int row) {
+  fetch_row(costs, row);
   const int turn = rotation(row, costs.m);
   const auto key_of = [&](int column) { return bid_key(s, column, turn, costs.m); };
   const auto column_of = [&](unsigned key) { return unrotated(key & ~kMatched, turn, costs.m); };

@@ -40,12 +40,32 @@ __device__ double distance_of(const Costs<T>& costs, const State& s, int wanted,
   return is_finite(furthest) ? furthest : infinity();
 }
 
+// Which of this thread's columns are unmatched, one bit each; of those beyond 32 none.
+template <class Nodes, class Graph>
+__device__ unsigned unmatched_nodes(const Graph& graph, const Nodes& nodes) {
+  unsigned unmatched = 0;
+#pragma unroll
+  for (int g = 0; g < min(nodes.groups(), 32 / Graph::kWidth); ++g) {
+#pragma unroll
+    for (int k = 0; k < Graph::kWidth; ++k) {
+      const int node = graph.node(g, k);
+      const bool is = node < graph.count() && graph.s.row_of[node] < 0;
+      unmatched |= static_cast<unsigned>(is) << (Graph::kWidth * g + k);
+    }
+  }
+  return unmatched;
+}
+
 // This thread's unmatched columns within `distance`.
 template <class Nodes, class Graph>
-__device__ unsigned ends_within(const Graph& graph, const Nodes& nodes, double distance) {
+__device__ unsigned ends_within(const Graph& graph, const Nodes& nodes, unsigned unmatched,
+                                double distance) {
   unsigned ends = 0;
-#pragma unroll
-  for (int g = 0; g < nodes.groups(); ++g) {
+  for (unsigned rest = unmatched; rest != 0; rest &= rest - 1) {
+    const int place = __ffs(static_cast<int>(rest)) - 1;
+    ends += graph.s.reach[graph.node(place / Graph::kWidth, place % Graph::kWidth)] <= distance;
+  }
+  for (int g = 32 / Graph::kWidth; g < nodes.groups(); ++g) {
 #pragma unroll
     for (int k = 0; k < Graph::kWidth; ++k) {
       const int node = graph.node(g, k);
@@ -70,10 +90,12 @@ __device__ Forest grow(const Costs<T>& costs, const State& s, int count, int wan
   __syncthreads();
   const double bound = distance_of(costs, s, wanted, infinity());  // it only falls from here on
   tighten(graph, nodes, bound);
+  const unsigned unmatched = unmatched_nodes(graph, nodes);
   double settled = 0.0;  // no distance below it changes any more
   for (int turn = 0;; turn ^= 1) {
     const int told = tell_nearest(graph, nodes, slots.nearest[turn]);
-    const unsigned ends = __reduce_add_sync(kAllLanes, ends_within(graph, nodes, settled));
+    const unsigned ends =
+        __reduce_add_sync(kAllLanes, ends_within(graph, nodes, unmatched, settled));
     if (lane_id() == 0) slots.values[turn][warp_id()] = ends;
     __syncthreads();
     const bool exists = lane_id() < warp_count();

@@ -92,6 +92,7 @@ template <class T, bool kVectors, int kNodesAtOnce = kFront>
 struct RowGraph {
   using Four = FourCosts<T>;
   static constexpr int kWidth = 4, kAtOnce = kNodesAtOnce;
+  static constexpr bool kKeeps = false;
   const Costs<T>& costs;
   const State& s;
 
@@ -114,7 +115,6 @@ struct RowGraph {
     else
       costs.load_each(costs.base + row, node(g, 0), four.x);
   }
-  __device__ void keep(Where, int, const Four&) const {}
 
   // Whether to read the node later would reach nothing new: it leads nowhere, or to a row with the
   // same costs as the one just read and no nearer.
@@ -130,6 +130,7 @@ template <class T, int kNodes>
 struct ColumnGraph {
   using Four = FourCosts<T>;
   static constexpr int kWidth = kNodes, kAtOnce = kFront;
+  static constexpr bool kKeeps = true;
   const Costs<T>& costs;
   const State& s;
   T* copies;
@@ -153,18 +154,27 @@ struct ColumnGraph {
     const Column<T> entries(costs, s, copies, column);  // where it has just been read
     return static_cast<double>(costs.sign * entries.from[node * entries.stride]);
   }
-  using Where = int;
-  __device__ Where where(int column) const { return column; }
-  __device__ void read(int column, int g, Four& four) const {
+  // The address of a column's first entry, and in bits that are zero there whether its entries lie
+  // side by side, and whether they have to be kept.
+  using Where = int64_t;
+  static constexpr Where kSideBySide = 1, kToBeKept = 2;
+  __device__ Where where(int column) const {
     const Column<T> entries(costs, s, copies, column);
+    return reinterpret_cast<Where>(entries.from) | (entries.stride == 1 ? kSideBySide : 0) |
+           (entries.to != nullptr ? kToBeKept : 0);
+  }
+  // Threads beyond the last row read its entry: without a branch all loads go together.
+  __device__ void read(Where column, int g, Four& four) const {
+    const T* from = reinterpret_cast<const T*>(column & ~(kSideBySide | kToBeKept));
+    const int64_t stride = (column & kSideBySide) != 0 ? 1 : costs.row_stride;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k)
-      if (node(g, k) < costs.n) four.x[k] = entries.from[node(g, k) * entries.stride];
+      four.x[k] = load_cached(from + min(node(g, k), costs.n - 1) * stride);
   }
+  __device__ static bool to_be_kept(Where column) { return (column & kToBeKept) != 0; }
   // What has been read, once all of a step has been: a load waits for the stores before it.
   __device__ void keep(int column, int g, const Four& four) const {
     const Column<T> entries(costs, s, copies, column);
-    if (entries.to == nullptr) return;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k)
       if (node(g, k) < costs.n) entries.to[node(g, k)] = four.x[k];
@@ -182,18 +192,21 @@ template <class T>
 struct LevelGraph : ColumnGraph<T, 4> {
   using Four = FourLevels<T>;
   static constexpr int kAtOnce = kWideFront;
+  static constexpr bool kKeeps = false;
   Levels<T> levels;
 
   __device__ static int node(int g, int k) {
     return 4 * static_cast<int>(g * blockDim.x + threadIdx.x) + k;
   }
   __device__ static bool owns(int node, int& g, int& k) { return owns_fours(node, g, k); }
+  using Where = int;
+  __device__ Where where(int column) const { return column; }
+  // As above; a column's levels go on to a multiple of more than four rows.
   __device__ void read(int column, int g, Four& four) const {
-    if (node(g, 0) >= this->costs.n) return;
-    four.word = *reinterpret_cast<const unsigned*>(levels.column(column) + node(g, 0));
-    four.low = levels.low[column], four.step = levels.step[column];
+    const int first = min(node(g, 0), (this->costs.n - 1) / 4 * 4);
+    four.word = load_cached(reinterpret_cast<const unsigned*>(levels.column(column) + first));
+    four.low = load_cached(levels.low + column), four.step = load_cached(levels.step + column);
   }
-  __device__ void keep(int, int, const Four&) const {}
 };
 
 }  // namespace croc::gpu

@@ -55,6 +55,16 @@ __device__ T load_cached(const T* address) {
 #endif
 }
 
+constexpr int kLine = 128;  // bytes
+
+__device__ inline void prefetch(const void* address) {
+#ifdef CROC_EMULATION
+  (void)address;
+#else
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(address)));
+#endif
+}
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) & (kWarp - 1); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ inline int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }

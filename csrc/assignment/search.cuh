@@ -59,7 +59,8 @@ struct Front {
   int count = 0;
   unsigned chosen = 0;            // a bit per warp
   unsigned warps = 0;             // four bits for each that is chosen
-  typename Graph::Where where{};  // this lane's
+  int next = 0;                   // this lane's
+  typename Graph::Where where{};  // its place
   T base = 0;                     // its distance less its dual, rounded down
 
   // The least keys, up to kAtOnce of them, which is nearly the order of the distances; keys that
@@ -73,7 +74,7 @@ struct Front {
     // NaN is beyond it too.
     const bool waits =
         lane < warp_count() && static_cast<double>(__uint_as_float(mine.key)) < bound;
-    const int next = waits ? graph.next(mine.node) : 0;
+    next = waits ? graph.next(mine.node) : 0;
     where = graph.where(next);
     base = waits ? rounded_down(T(), mine.distance - graph.dual_of(next)) : static_cast<T>(0);
     unsigned key = waits ? (mine.key & ~15u) | static_cast<unsigned>(lane) : ~0u;
@@ -91,6 +92,7 @@ struct Front {
   __device__ bool has(int warp) const { return (chosen >> warp & 1u) != 0; }
   __device__ int warp(int w) const { return static_cast<int>(warps >> 4 * w & 15u); }
   // By all lanes of a warp; beyond the last one what some node has.
+  __device__ int from(int w) const { return __shfl_sync(kAllLanes, next, warp(w)); }
   __device__ auto place(int w) const { return __shfl_sync(kAllLanes, where, warp(w)); }
   __device__ T base_of(int w) const { return __shfl_sync(kAllLanes, base, warp(w)); }
   // By any.
@@ -107,10 +109,9 @@ struct SourceFront {
   const int* sources;
   int count;
 
-  __device__ auto place(int w) const { return graph.where(sources[min(w, count - 1)]); }
-  __device__ T base_of(int w) const {
-    return rounded_down(T(), -graph.dual_of(sources[min(w, count - 1)]));
-  }
+  __device__ int from(int w) const { return sources[min(w, count - 1)]; }
+  __device__ auto place(int w) const { return graph.where(from(w)); }
+  __device__ T base_of(int w) const { return rounded_down(T(), -graph.dual_of(from(w))); }
   __device__ Origin origin(int w) const { return {sources[w], 0.0}; }
 };
 
@@ -177,8 +178,10 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups, Graph::kWidth
     const Origin origin = front.origin(0);
     for (int g = 0; g < nodes.groups(); ++g) {
       typename Graph::Four four;
-      graph.read(graph.where(origin.from), g, four);
-      graph.keep(graph.where(origin.from), g, four);
+      const auto place = graph.where(origin.from);
+      graph.read(place, g, four);
+      if constexpr (Graph::kKeeps)
+        if (graph.to_be_kept(place)) graph.keep(origin.from, g, four);
       unsigned rest = promising<kWidth>(nodes, g, sign, base, four);
       for (; rest != 0; rest &= rest - 1)
         lowest = lesser(lowest,
@@ -194,11 +197,14 @@ __device__ double read_front(const Graph& graph, Nodes<T, kGroups, Graph::kWidth
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) graph.read(places[w], g, fours[w][g]);
     }
+    if constexpr (Graph::kKeeps) {
 #pragma unroll
-    for (int w = 0; w < kAtOnce; ++w) {
-      if (w >= front.count) break;
+      for (int w = 0; w < kAtOnce; ++w) {
+        if (w >= front.count || !graph.to_be_kept(places[w])) continue;
+        const int from = front.from(w);
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) graph.keep(places[w], g, fours[w][g]);
+        for (int g = 0; g < kGroups; ++g) graph.keep(from, g, fours[w][g]);
+      }
     }
     unsigned rest = 0;  // a bit per cost: few, or all of them
 #pragma unroll

@@ -78,10 +78,8 @@ __device__ CROC_NOINLINE void bid_together(Arguments a) {
   const int few = min(kTogetherFree, p.n / kAuctionShare);
   int left = kTogetherRounds;
   const bool served = bid(p, work.s, team, 0.0, left, kEnoughFree, few) <= few;
-  // Under the annealed start most columns that get no row may keep a price: reading them takes
-  // longest then.
-  const bool priced = p.annealed() && 2 * collect_priced(p.costs, work.s) > p.m - p.n;
-  if (served && !priced) return;
+  // Columns with a price but no row are read from the levels later, in a fraction of the time.
+  if (served && collect_priced(p.costs, work.s) == 0) return;
   // A problem read through swapped strides has its columns in whole lines already.
   const Levels<T> levels = p.levels(a, !p.swapped);
   if (!p.swapped) {

@@ -29,6 +29,9 @@ struct dim3 {
 struct float4 {
   float x, y, z, w;
 };
+struct int4 {
+  int x, y, z, w;
+};
 struct double2 {
   double x, y;
 };
