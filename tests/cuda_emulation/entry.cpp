@@ -132,6 +132,21 @@ extern "C" int64_t workspace_bytes(int batch, int rows, int columns, int64_t sha
   return plan_workspace(a, plan);
 }
 
+template <class T>
+struct LevelMemory {
+  std::vector<unsigned char> level;
+  std::vector<T> low, step;
+  Levels<T> made;
+
+  LevelMemory(int rows, int columns)
+      : level(static_cast<size_t>(columns) * level_pitch(rows) + 15, kPoison),
+        low(columns),
+        step(columns) {
+    const uintptr_t base = (reinterpret_cast<uintptr_t>(level.data()) + 15) / 16 * 16;
+    made = {reinterpret_cast<unsigned char*>(base), low.data(), step.data(), level_pitch(rows)};
+  }
+};
+
 // What levels.cuh says of costs, (rows, columns) doubles: for each the two ends that its level
 // gives.
 extern "C" const char* level_ends(const void* cost, int is_double, int rows, int columns,
@@ -139,19 +154,16 @@ extern "C" const char* level_ends(const void* cost, int is_double, int rows, int
   emulation::start(0);
   const auto ends = [&](auto zero) {
     using T = decltype(zero);
-    const int pitch = level_pitch(rows);
-    std::vector<unsigned char> level(static_cast<size_t>(columns) * pitch + 15, kPoison);
-    std::vector<T> low(columns), step(columns);
-    const uintptr_t base = (reinterpret_cast<uintptr_t>(level.data()) + 15) / 16 * 16;
-    const Levels<T> made{reinterpret_cast<unsigned char*>(base), low.data(), step.data(), pitch};
+    const LevelMemory<T> memory(rows, columns);
+    const Levels<T>& made = memory.made;
     const Costs<T> costs{static_cast<const T*>(cost), columns, 1, rows, columns, 1, false};
     emulation::launch([=] { make_levels(costs, made, Team::all()); }, dim3(1, 3), 128, 64, 3);
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < columns; ++j) {
         const int64_t at = static_cast<int64_t>(i) * columns + j;
         levels[at] = made.column(j)[i];
-        lower[at] = fma(number_of(levels[at]), static_cast<double>(step[j]), low[j]);
-        upper[at] = fma(number_of(levels[at]) + 1.0, static_cast<double>(step[j]), low[j]);
+        const double low = made.low[j], step = made.step[j], number = number_of(levels[at]);
+        lower[at] = fma(number, step, low), upper[at] = fma(number + 1.0, step, low);
       }
   };
   is_double ? ends(0.0) : ends(0.0f);
@@ -166,11 +178,8 @@ extern "C" const char* offers(const void* cost, int is_double, int rows, int col
   const auto offer = [&](auto zero) {
     using T = decltype(zero);
     using Ends = std::conditional_t<sizeof(T) == 4, RoundedEnds, ExactEnds>;
-    const int pitch = level_pitch(rows);
-    std::vector<unsigned char> level(static_cast<size_t>(columns) * pitch + 15, kPoison);
-    std::vector<T> low(columns), step(columns);
-    const uintptr_t base = (reinterpret_cast<uintptr_t>(level.data()) + 15) / 16 * 16;
-    const Levels<T> made{reinterpret_cast<unsigned char*>(base), low.data(), step.data(), pitch};
+    const LevelMemory<T> memory(rows, columns);
+    const Levels<T>& made = memory.made;
     const Costs<T> costs{static_cast<const T*>(cost), columns, 1, rows, columns, 1, false};
     std::vector<double> dual(row_dual, row_dual + rows);
     dual.resize(rows + 3);
@@ -180,7 +189,7 @@ extern "C" const char* offers(const void* cost, int is_double, int rows, int col
     emulation::launch(
         [&] {
           for (int j = warp_id(); j < columns; j += warp_count()) {
-            const Offer found = find_offer(costs, made.column(j), Ends{low[j], step[j]},
+            const Offer found = find_offer(costs, made.column(j), Ends{made.low[j], made.step[j]},
                                            dual.data(), lower.data(), j, 0, 1);
             if (lane_id() != 0) continue;
             out[3 * j] = found.least, out[3 * j + 1] = found.second, out[3 * j + 2] = found.row;
