@@ -44,6 +44,7 @@ class CompileReport:
     """What the compiler made of a case.
 
     ``unset``: instructions that read a register which nothing has written (:func:`unset_reads`).
+    ``over_barriers``: instructions that keep data where a barrier lies (:func:`over_barriers`).
     On sm_100 a kernel that wants more than 512 columns of tensor memory compiles to a trap, without
     an error: its ``has_mma`` is False.
     """
@@ -57,6 +58,7 @@ class CompileReport:
     has_mma: bool
     tensor_memory_columns: int
     unset: tuple[str, ...]
+    over_barriers: tuple[str, ...]
 
 
 def compile(case: CompileCase, arch: int) -> CompileReport:
@@ -77,17 +79,18 @@ def compile(case: CompileCase, arch: int) -> CompileReport:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
-    registers, spills, unset = _assemble(ptx, arch)
+    registers, spills, sass = _assemble(ptx, arch)
     return CompileReport(
         case.name, arch, registers, spills, compiled.metadata.shared,
         has_wgmma="wgmma.mma_async" in ptx,
         has_mma=re.search(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx) is not None,
-        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0, unset=unset,
+        tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        unset=unset_reads(sass), over_barriers=over_barriers(sass),
     )  # fmt: skip
 
 
-def _assemble(ptx: str, arch: int) -> tuple[int, int, tuple[str, ...]]:
-    """Registers per thread, bytes of spill stores plus loads as ptxas reports them, unset reads."""
+def _assemble(ptx: str, arch: int) -> tuple[int, int, str]:
+    """Registers per thread, bytes of spill stores plus loads as ptxas reports them, SASS."""
     from triton import knobs
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -104,7 +107,7 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int, tuple[str, ...]]:
     if registers is None or spills is None:
         raise RuntimeError(f"aot.compile: ptxas must report registers and spills, got {log!r}")
     spilled = int(spills.group(1)) + int(spills.group(2))
-    return int(registers.group(1)), spilled, unset_reads(sass)
+    return int(registers.group(1)), spilled, sass
 
 
 def unset_reads(sass: str) -> tuple[str, ...]:
@@ -125,4 +128,26 @@ def unset_reads(sass: str) -> tuple[str, ...]:
         for first in re.findall(r"^\s*UR(\d+)$", target):
             width = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
             written |= {f"UR{int(first) + k}" for k in range(width)}
+    return tuple(found)
+
+
+def over_barriers(sass: str) -> tuple[str, ...]:
+    """Instructions that keep data in shared memory where an mbarrier was made.
+
+    Triton gives the memory of a barrier that nobody waits for to whatever comes next. That is right
+    only once the barrier is invalidated: a GPU that processes take turns on saves and restores
+    barriers as such, and data there come back changed (H200, docs/attention.md). Addresses are
+    compared by their constants alone. Bytes are left out: by them Triton wakes warps, and their
+    addresses count from the first warp that may sleep.
+    """
+    made = re.findall(r"SYNCS\.EXCH\.64 URZ, \[[^\]]*\+0x([0-9a-f]+)\]", sass)
+    places = {int(place, 16) for place in made}
+    found = []
+    for text, width, place in re.findall(
+        r"\b((?:LDS|STS|ATOMS)((?:\.\w+)*) [^;]*?\[[^\]]*\+0x([0-9a-f]+)\][^;]*?)\s*;", sass
+    ):
+        first = int(place, 16)
+        size = 16 if ".128" in width else 8 if ".64" in width else 4
+        if ".U8" not in width and places & set(range(first - 7, first + size)):
+            found.append(text)
     return tuple(found)

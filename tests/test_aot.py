@@ -39,6 +39,7 @@ def test_kernel_compiles(case, arch):
     assert report.spill_bytes <= case.spill_allowance
     assert report.shared_bytes <= SHARED_LIMIT[arch]
     assert not report.unset
+    assert not report.over_barriers
     if case.has_dot:
         assert report.has_mma
         assert report.has_wgmma or arch != 90

@@ -94,10 +94,9 @@ def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered,
                 90, dim, torch.bfloat16, num_keys, True, True, group=group, ordered=repeatable
             )
             alone = repeatable and dim == 256
-            ahead = not repeatable and (
-                (dim == 128 and num_keys >= (512 if group == 1 else 1024)) or dim == 256
-            )
-            early = ahead or (not repeatable and dim == 64 and group == 1 and num_keys >= 1024)
+            ahead = not repeatable and dim == 128 and num_keys >= (512 if group == 1 else 1024)
+            early = ahead or (not repeatable and dim == 256 and num_keys >= 512)
+            early |= not repeatable and dim == 64 and group == 1 and num_keys >= 1024
             dealt = 8 if ahead and section == 16 else 1 if alone else section
             late = dim == 64 and group == 1 and num_keys >= (6144 if repeatable else 1024)
             assert picked == config.HopperBackwardConfig(*tiles, dealt, ahead, early, late)

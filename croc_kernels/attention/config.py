@@ -227,10 +227,9 @@ def pick_hopper_forward(
 # three stages 418, 128 rows per tile 367) and D = 128 (three stages: 2 % slower at 1k to 4k).
 HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
 # From how many keys on ``ahead`` with ``early`` gained, or ``early`` alone, by dimension and
-# whether heads share keys. Measured on an H100, docs/attention.md. D = 256 always: where processes
-# take turns on a GPU, whole tiles of its gradients were missing without.
-HOPPER_AHEAD = {(128, False): 512, (128, True): 1024, (256, False): 1, (256, True): 1}
-HOPPER_EARLY = HOPPER_AHEAD | {(64, False): 1024}
+# whether heads share keys. Measured on an H100, D = 256 on an H200, docs/attention.md.
+HOPPER_AHEAD = {(128, False): 512, (128, True): 1024}
+HOPPER_EARLY = HOPPER_AHEAD | {(64, False): 1024, (256, False): 512, (256, True): 512}
 # The same for ``late``, and from how many keys on in order. Measured on an H200.
 HOPPER_LATE = {(64, False): (1024, 2 * HOPPER_LONG[1])}
 

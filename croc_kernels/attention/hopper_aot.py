@@ -22,8 +22,9 @@ SPILLS = {
     "mixed_attention_bwd_hopper-D128-bf16-group4": 64,
     "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 64,
     "mixed_attention_bwd_hopper-D128-bf16-ordered": 64,
-    "mixed_attention_bwd_hopper-D256-bf16": 96,
-    "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 176,
+    "mixed_attention_bwd_hopper-D256-bf16": 80,
+    "mixed_attention_bwd_hopper-D256-bf16-L256": 132,
+    "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 144,
     "mixed_attention_bwd_hopper-D256-bf16-ordered": 80,
 }
 
@@ -139,9 +140,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases += [backward_case(128, torch.float16), backward_case(128, bf16, group=4)]
     cases.append(backward_case(64, bf16, ordered=True, num_keys=8192))
     cases += [case(dim, bf16) for dim in dims for case in (prepare_case, finish_case)]
-    # With and without zeros ahead, an early end and late products: of the cases above D = 64 and
-    # 128 have the second, one of them each of the others.
-    for dim, group, num_keys in ((64, 1, 256), (128, 1, 256), (128, 4, 256), (256, 2, 1024)):
+    # With and without zeros ahead, an early end and late products: of the cases above all have the
+    # second, D = 128 and 64 one each of the others.
+    short = ((64, 1, 256), (128, 1, 256), (128, 4, 256), (256, 1, 256), (256, 2, 1024))
+    for dim, group, num_keys in short:
         for case in (backward_case, prepare_case, finish_case):
             cases.append(case(dim, bf16, group=group, num_keys=num_keys))
     forward = [(d, n) for d in config.HOPPER_FORWARD for n in (1024, *config.HOPPER_LONG)]

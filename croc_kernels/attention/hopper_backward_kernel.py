@@ -242,11 +242,9 @@ def _consumer(
     dk = gl.zeros([BLOCK_N, D], gl.float32, d_layout)
     dv = gl.zeros([BLOCK_N, D], gl.float32, d_layout)
     ds16 = gl.zeros([BLOCK_N, BLOCK_M], dtype, gl.DotOperandLayout(0, d_layout, 2))
-    q_full, g_full, empty, ready = bars
+    _q_full, _g_full, empty, ready = bars
     if LATE:
         gl.static_assert(D == 64)
-        if not ORDERED:
-            bars = (q_full, g_full, empty, kv_full)
         # The loop is then a pipeline of its own for ptxas, which else waits for every product.
         dk, dv = hopper.warpgroup_mma_wait(
             0, [hopper.warpgroup_mma_init(dk), hopper.warpgroup_mma_init(dv)]
@@ -347,10 +345,13 @@ def _mixed_attention_bwd_hopper_kernel(
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(g_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
-    mbarrier.init(ready, count=1)
-    out_full = kv_full
+    # No barrier may be made that nobody waits for: its memory goes to data, over which a GPU that
+    # processes take turns on writes the barrier back (aot.over_barriers).
+    ready, out_full = kv_full, kv_full
+    if ORDERED or AHEAD:
+        ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(ready, count=1)
     if EARLY:
         out_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(out_full, count=1)

@@ -312,10 +312,13 @@ def _mixed_attention_fwd_hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], layout)
-    item_full = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
+    # Not made where nobody waits for it: see the kernel of the backward.
+    item_full = k_full
+    if DYNAMIC:
+        item_full = gl.allocate_shared_memory(gl.int64, [2, 1], layout)
+        mbarrier.init(item_full.index(0), count=1)
+        mbarrier.init(item_full.index(1), count=1)
     item_smem = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    mbarrier.init(item_full.index(0), count=1)
-    mbarrier.init(item_full.index(1), count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=GROUPS)
     mbarrier.init(v_raw, count=1)
