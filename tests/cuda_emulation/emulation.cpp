@@ -41,6 +41,7 @@ enum class Wait { kReady, kWarp, kBlock, kCluster, kDone };
 struct Fiber {
   ucontext_t context;
   jmp_buf resume;
+  void* place[5];  // the same as __builtin_setjmp keeps it
   bool started;
   void* thread = nullptr;  // ThreadSanitizer's
   Wait wait;
@@ -66,6 +67,7 @@ struct Machine {  // a block
   Group block;
   std::vector<uint64_t> shared;
   jmp_buf scheduler;
+  void* place[5];  // the same as __builtin_setjmp keeps it
   ucontext_t home;
   void* home_thread = nullptr;
   int order[2];  // addresses for ThreadSanitizer, for barriers in turn
@@ -112,17 +114,21 @@ constexpr unsigned kWithoutOrder = 1;
 void release(int& address) { __tsan_release(&address); }
 void acquire(int& address) { __tsan_acquire(&address); }
 
-// longjmp and ThreadSanitizer do not mix.
+// ThreadSanitizer takes calls of setjmp over and does not know these; swapcontext asks the kernel for
+// the signal mask each time.
 void leave_fiber() {
   Fiber& fiber = machine->fibers[machine->running];
   __tsan_switch_to_fiber(machine->home_thread, kWithoutOrder);
-  swapcontext(&fiber.context, &machine->home);
+  if (__builtin_setjmp(fiber.place) == 0) __builtin_longjmp(machine->place, 1);
 }
 void enter_fiber(Fiber& fiber) {
   if (fiber.thread == nullptr) fiber.thread = __tsan_create_fiber(0);
   machine->home_thread = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(fiber.thread, kWithoutOrder);
-  swapcontext(&machine->home, &fiber.context);
+  if (__builtin_setjmp(machine->place) != 0) return;
+  if (fiber.started) __builtin_longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.context);
 }
 #else
 void release(int&) {}
