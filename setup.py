@@ -7,7 +7,8 @@ installing an sdist next to a present torch fetches no second one. Where none is
 becomes a build requirement.
 
 ``CROC_CUDA=ON|OFF`` in the environment decides about the CUDA kernels; without it they are built if
-nvcc is there.
+nvcc is there. ``CROC_CUDA_ARCHS`` names the chips as CMake does, ``"90-real;100-virtual"`` for an
+H100 and PTX; without it they are compiled for all that a wheel serves.
 """
 
 import importlib
@@ -62,6 +63,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DTORCH_ROOT={root}",
             f"-DCROC_CUDA={cuda}",
+            # Empty as well, or CMake remembers those of the build before.
+            f"-DCROC_CUDA_ARCHS={os.environ.get('CROC_CUDA_ARCHS', '')}",
         ]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
