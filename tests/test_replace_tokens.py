@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from croc_kernels import ops, replace_tokens
+from croc_kernels.replacement.config import place_sums
 
 BACKENDS = ("auto", "reference")
 PAIRS = [
@@ -210,3 +211,14 @@ def test_replace_tokens_opcheck() -> None:
     for wanted in ((True, True), (True, False), (False, True)):
         arguments = (embeddings.bfloat16(), where, index, 5, torch.float32, *wanted)
         torch.library.opcheck(ops.replace_tokens_bwd, arguments)
+
+
+@pytest.mark.parametrize(("tiles", "sums"), [(8192, 2304), (32768, 3072), (5, 9), (40, 1), (1, 1)])
+def test_replace_tokens_config_places_sums_behind_half_of_the_tiles(tiles: int, sums: int) -> None:
+    programs, lead, ratio = place_sums(tiles, sums)
+    assert lead == tiles // 2
+    assert ratio >= 1
+    # The last sum's turn, and the last tile behind all sums, have a program.
+    assert programs == max(tiles + sums, lead + sums * (ratio + 1))
+    assert place_sums(tiles, 0) == (tiles, tiles, 0)
+    assert place_sums(0, sums) == (sums, 0, 0)

@@ -181,6 +181,24 @@ def test_replace_tokens_kernel_strides() -> None:
     assert torch.equal(deep.grad, (~where).float()[..., None].expand_as(deep))
 
 
+@pytest.mark.parametrize("pool_size", [1, 7, 300])
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False)], ids=str)
+def test_replace_tokens_kernel_sums_lie_among_tiles(
+    wanted: tuple[bool, bool], pool_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # From many tiles per sum to more sums than tiles; two columns of tiles, the second not full.
+    monkeypatch.setattr(kernel, "GRADIENT_ROWS", 2)
+    where, index = selection((67,), pool_size)
+    upstream = draw(67, 1100).round(decimals=1)
+    tiles, pool = ops.replace_tokens_bwd(upstream, where, index, pool_size, torch.float64, *wanted)
+    if wanted[0]:
+        assert torch.equal(tiles, torch.where(where[:, None], 0.0, upstream))
+    if wanted[1]:
+        want = torch.zeros(pool_size, 1100, dtype=torch.float64, device=DEVICE)
+        want.index_add_(0, index[where], upstream[where].double())
+        torch.testing.assert_close(pool, want)
+
+
 @pytest.mark.parametrize("shape", [(0,), (2, 0)], ids=str)
 def test_replace_tokens_kernel_of_nothing(shape: tuple[int, ...]) -> None:
     where, index = selection(shape, 5)

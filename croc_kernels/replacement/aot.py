@@ -40,7 +40,8 @@ def _replacement_cases(dtype: str, arch: int) -> list[CompileCase]:
     operands = {"where_ptr": "*i1", "index_ptr": "*i64"}
     rows = {"embeddings_ptr": f"*{dtype}", "pool_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
     gradient = {"grad_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "pool_ptr": f"*{dtype}"}
-    gradient |= {"work_ptr": "*i32", "part_ptr": "*fp32", "sizes": ("i32",) * 6}
+    gradient |= {"work_ptr": "*i32", "part_ptr": "*fp32", "sizes": ("i32",) * 4}
+    gradient |= {"plan": ("i32",) * 5, "strides": ("i32",) * 2}
     sums = {"SUM_R": kernel.SUM_ROWS, "CHUNK": kernel.CHUNK, "ACC": kernel.tl.float32}
     columns = {"COLUMNS": DIM // column_block(DIM)}
     return [
@@ -50,7 +51,7 @@ def _replacement_cases(dtype: str, arch: int) -> list[CompileCase]:
         ),
         _case(
             f"replace_tokens_bwd-{dtype}", kernel._replace_gradient_kernel,
-            gradient | operands | {"strides": ("i32",) * 2}, (),
+            gradient | operands, (),
             block | {"BLOCK_R": kernel.GRADIENT_ROWS} | sums | overlap,
         ),
         _case(

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import on_device
+from .config import place_sums
 from .layout import (
     accumulator,
     as_rows,
@@ -150,14 +151,45 @@ def _sum_rows(
     BLOCK_R: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sum of the gradient rows order[first:last], BLOCK_R at a time."""
-    acc = tl.zeros((BLOCK_R, col.shape[0]), ACC)
+    acc = tl.zeros((col.shape[0],), ACC)
     for start in range(first, last, BLOCK_R):
         entry = start + tl.arange(0, BLOCK_R)
         row = tl.load(work_ptr + entry, mask=entry < last, other=0)
-        offset = row_offset(row, length, strides[0], strides[1])[:, None] + col[None, :]
-        mask = (entry < last)[:, None] & (col < dim)[None, :]
-        acc += tl.load(grad_ptr + offset, mask=mask, other=0.0).to(ACC)
-    return tl.sum(acc, axis=0)
+        offset = row_offset(row, length, strides[0], strides[1])
+        acc += tl.sum(_rows(grad_ptr, offset, entry < last, col, dim).to(ACC), axis=0)
+    return acc
+
+
+@triton.jit
+def _rows(grad_ptr, offset, mask, col, dim):
+    """Components ``col`` of the rows that begin at ``offset``."""
+    inside = mask[:, None] & (col < dim)[None, :]
+    return tl.load(grad_ptr + offset[:, None] + col[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _sum_segment(
+    grad_ptr, work_ptr, pool_ptr, m, sizes, strides,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradient of pool row m, if no more than CHUNK tokens drew it.
+
+    Mostly these are few, so the first BLOCK_R are looked up once for all components.
+    """
+    length, dim, bounds_ptr = sizes[1], sizes[2], work_ptr + 2 * sizes[0]
+    first, last = tl.load(bounds_ptr + m), tl.load(bounds_ptr + m + 1)
+    if last - first <= CHUNK:
+        entry = first + tl.arange(0, BLOCK_R)
+        row = tl.load(work_ptr + entry, mask=entry < last, other=0)
+        offset = row_offset(row, length, strides[0], strides[1])
+        for c in range(0, dim, BLOCK_C):
+            col = c + tl.arange(0, BLOCK_C)
+            total = tl.sum(_rows(grad_ptr, offset, entry < last, col, dim).to(ACC), axis=0)
+            total += _sum_rows(
+                grad_ptr, work_ptr, first + BLOCK_R, last, col, length, dim, strides, BLOCK_R, ACC
+            )  # fmt: skip
+            whole = total.to(pool_ptr.dtype.element_ty)
+            tl.store(pool_ptr + m.to(tl.int64) * dim + col, whole, mask=col < dim)
 
 
 @triton.jit
@@ -189,14 +221,15 @@ def _sum_part(
         ticket = tl.atomic_add(ticket_ptr, 1)
         begin, end = first // CHUNK, (last - 1) // CHUNK
         if ticket == end - begin:
-            acc = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+            acc = tl.zeros((BLOCK_C,), ACC)
             for start in range(begin, end + 1, BLOCK_R):
                 other = start + tl.arange(0, BLOCK_R)
                 places = (2 * other + (first > other * CHUNK).to(tl.int32)).to(tl.int64)
                 mask = (other <= end)[:, None] & (col < dim)[None, :]
                 part_ptrs = part_ptr + places[:, None] * dim + col[None, :]
-                acc += tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-            whole = tl.sum(acc, axis=0).to(pool_ptr.dtype.element_ty)
+                found = tl.load(part_ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+                acc += tl.sum(found, axis=0)
+            whole = acc.to(pool_ptr.dtype.element_ty)
             tl.store(pool_ptr + m.to(tl.int64) * dim + col, whole, mask=col < dim)
 
 
@@ -225,44 +258,52 @@ def _sum_chunk(
 
 
 @triton.jit
+def _tile_or_sum(program, sums, lead, ratio):
+    """Which tile a program computes, or which sum; -1 is none.
+
+    ``lead`` tiles, then by turns ``ratio`` tiles and a sum, then the tiles that are left.
+    """
+    turn, place = (program - lead) // (ratio + 1), (program - lead) % (ratio + 1)
+    mixed = (program >= lead) & (turn < sums)
+    tile = tl.where(mixed, lead + turn * ratio + place, program - tl.where(program < lead, 0, sums))
+    return tile, tl.where(mixed & (place == ratio), turn, -1)
+
+
+@triton.jit
 def _replace_gradient_kernel(
-    grad_ptr, where_ptr, index_ptr, out_ptr, work_ptr, pool_ptr, part_ptr, sizes, strides,
+    grad_ptr, where_ptr, index_ptr, out_ptr, work_ptr, pool_ptr, part_ptr, sizes, plan, strides,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, SUM_R: tl.constexpr, CHUNK: tl.constexpr,
     ACC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of the embeddings' gradient; then sums of the gradient rows that drew one pool row.
+    """Tiles of the embeddings' gradient, and sums of the gradient rows that drew one pool row.
 
-    sizes: rows, rows per image, components, pool rows, tiles, chunks. grid = (tiles + columns *
-    (chunks + pool rows),) with either part left out if it is not wanted. The tiles need nothing of
-    the sort and run beside it where kernels may overlap. Segments longer than CHUNK are summed in
-    chunks, as when all tokens drew one row. The order of summation is a function of the indices.
+    sizes: rows, rows per image, components, pool rows. plan: tiles, chunks, sums, and where these
+    lie among the tiles, as in ``_tile_or_sum``. The tiles need nothing of the sort and run beside
+    it where kernels may overlap; sums, which wait for one address after the other, run beside
+    tiles. Segments longer than CHUNK are summed in chunks, as when all tokens drew one row. The
+    order of summation is a function of the indices.
     """
-    rows, length, dim, tiles, chunks = sizes[0], sizes[1], sizes[2], sizes[4], sizes[5]
-    program, columns = tl.program_id(0), tl.cdiv(dim, BLOCK_C)
-    if program < tiles:
-        _keep_gradient(
-            grad_ptr, where_ptr, out_ptr, program, rows, length, dim, strides[0], strides[1],
-            BLOCK_R, BLOCK_C,
-        )  # fmt: skip
+    rows, length, dim, columns = sizes[0], sizes[1], sizes[2], tl.cdiv(sizes[2], BLOCK_C)
+    tile, item = _tile_or_sum(tl.program_id(0), plan[2], plan[3], plan[4])
+    if item < 0:
+        if tile < plan[0]:
+            _keep_gradient(
+                grad_ptr, where_ptr, out_ptr, tile, rows, length, dim, strides[0], strides[1],
+                BLOCK_R, BLOCK_C,
+            )  # fmt: skip
     else:
         if OVERLAP:
             gdc_wait()
-        item, column = (program - tiles) // columns, (program - tiles) % columns
-        if item < chunks:
+        if item < plan[1] * columns:
             _sum_chunk(
-                grad_ptr, where_ptr, index_ptr, work_ptr, pool_ptr, part_ptr, item, column, sizes,
-                strides, SUM_R, BLOCK_C, CHUNK, ACC,
+                grad_ptr, where_ptr, index_ptr, work_ptr, pool_ptr, part_ptr, item // columns,
+                item % columns, sizes, strides, SUM_R, BLOCK_C, CHUNK, ACC,
             )  # fmt: skip
         else:
-            m = item - chunks
-            bounds_ptr = work_ptr + 2 * rows
-            first, last = tl.load(bounds_ptr + m), tl.load(bounds_ptr + m + 1)
-            if last - first <= CHUNK:
-                col = column * BLOCK_C + tl.arange(0, BLOCK_C)
-                total = _sum_rows(
-                    grad_ptr, work_ptr, first, last, col, length, dim, strides, SUM_R, ACC
-                ).to(pool_ptr.dtype.element_ty)
-                tl.store(pool_ptr + m.to(tl.int64) * dim + col, total, mask=col < dim)
+            _sum_segment(
+                grad_ptr, work_ptr, pool_ptr, item - plan[1] * columns, sizes, strides,
+                SUM_R, BLOCK_C, CHUNK, ACC,
+            )  # fmt: skip
 
 
 ROWS = 4
@@ -319,9 +360,10 @@ def replace_tokens_bwd(
     columns = triton.cdiv(dim, block)
     tiles = triton.cdiv(rows, GRADIENT_ROWS) * columns if embeddings_grad else 0
     chunks = triton.cdiv(rows, CHUNK) if shape[0] else 0
-    sums = columns * (chunks + shape[0])
+    sums = columns * chunks + shape[0]
     if tiles + sums == 0:
         return embeddings, pool
+    programs, *among = place_sums(tiles, sums)
     where, index = _dense(where, index)
     overlap = launches_overlap(x) and sums > 0
     work = index.new_empty(
@@ -337,9 +379,9 @@ def replace_tokens_bwd(
                 LIST=SORT_LIST, COLUMNS=triton.next_power_of_2(columns), OVERLAP=overlap,
                 num_warps=SORT_WARPS,
             )  # fmt: skip
-        _replace_gradient_kernel[(tiles + sums,)](
-            x, where, index, embeddings, work, pool, parts,
-            (rows, length, dim, pool_size, tiles, chunks), (x.stride(0), x.stride(1)),
+        _replace_gradient_kernel[(programs,)](
+            x, where, index, embeddings, work, pool, parts, (rows, length, dim, pool_size),
+            (tiles, chunks, sums, *among), (x.stride(0), x.stride(1)),
             BLOCK_R=GRADIENT_ROWS, BLOCK_C=block, SUM_R=SUM_ROWS, CHUNK=CHUNK, ACC=acc,
             OVERLAP=overlap, **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
