@@ -1,7 +1,6 @@
 // The scheduler behind emulation.h.
 #include "emulation.h"
 
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -40,8 +39,7 @@ enum class Wait { kReady, kWarp, kBlock, kCluster, kDone };
 
 struct Fiber {
   ucontext_t context;
-  jmp_buf resume;
-  void* place[5];  // the same as __builtin_setjmp keeps it
+  void* place[5];  // where it goes on, as __builtin_setjmp keeps it
   bool started;
   void* thread = nullptr;  // ThreadSanitizer's
   Wait wait;
@@ -66,8 +64,7 @@ struct Machine {  // a block
   std::vector<Group> warps;
   Group block;
   std::vector<uint64_t> shared;
-  jmp_buf scheduler;
-  void* place[5];  // the same as __builtin_setjmp keeps it
+  void* place[5];  // where the scheduler goes on
   ucontext_t home;
   void* home_thread = nullptr;
   int order[2];  // addresses for ThreadSanitizer, for barriers in turn
@@ -113,37 +110,34 @@ constexpr unsigned kWithoutOrder = 1;
 
 void release(int& address) { __tsan_release(&address); }
 void acquire(int& address) { __tsan_acquire(&address); }
-
-// ThreadSanitizer takes calls of setjmp over and does not know these; swapcontext asks the kernel for
-// the signal mask each time.
-void leave_fiber() {
-  Fiber& fiber = machine->fibers[machine->running];
-  __tsan_switch_to_fiber(machine->home_thread, kWithoutOrder);
-  if (__builtin_setjmp(fiber.place) == 0) __builtin_longjmp(machine->place, 1);
-}
-void enter_fiber(Fiber& fiber) {
-  if (fiber.thread == nullptr) fiber.thread = __tsan_create_fiber(0);
-  machine->home_thread = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(fiber.thread, kWithoutOrder);
-  if (__builtin_setjmp(machine->place) != 0) return;
-  if (fiber.started) __builtin_longjmp(fiber.place, 1);
-  fiber.started = true;
-  setcontext(&fiber.context);
-}
+void* current_thread() { return __tsan_get_current_fiber(); }
+void* new_thread() { return __tsan_create_fiber(0); }
+void switch_to(void* thread) { __tsan_switch_to_fiber(thread, kWithoutOrder); }
 #else
 void release(int&) {}
 void acquire(int&) {}
+void* current_thread() { return nullptr; }
+void* new_thread() { return nullptr; }
+void switch_to(void*) {}
+#endif
 
+// Not the library's setjmp, whose calls ThreadSanitizer and fortified builds take over; swapcontext
+// asks the kernel for the signal mask each time. In a function of its own: to the compiler a jump
+// never comes back to the function it is in.
+[[noreturn, gnu::noinline]] void jump(void** place) { __builtin_longjmp(place, 1); }
 void leave_fiber() {
-  if (_setjmp(machine->fibers[machine->running].resume) == 0) _longjmp(machine->scheduler, 1);
+  switch_to(machine->home_thread);
+  if (__builtin_setjmp(machine->fibers[machine->running].place) == 0) jump(machine->place);
 }
 void enter_fiber(Fiber& fiber) {
-  if (_setjmp(machine->scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.resume, 1);
+  if (fiber.thread == nullptr) fiber.thread = new_thread();
+  machine->home_thread = current_thread();
+  switch_to(fiber.thread);
+  if (__builtin_setjmp(machine->place) != 0) return;
+  if (fiber.started) jump(fiber.place);
   fiber.started = true;
   setcontext(&fiber.context);
 }
-#endif
 
 void pause(Wait wait) {
   machine->fibers[machine->running].wait = wait;
