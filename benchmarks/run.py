@@ -59,8 +59,9 @@ def cpu_name() -> str:
 
 
 def gpu_state() -> dict[str, str]:
-    """What nvidia-smi says about the first GPU: name, driver, clocks, power."""
-    line = output_of("nvidia-smi", "-i", "0", f"--query-gpu={GPU_QUERY}", "--format=csv,noheader")
+    """What nvidia-smi says about the GPU in use: name, driver, clocks, power."""
+    used = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    line = output_of("nvidia-smi", "-i", used, f"--query-gpu={GPU_QUERY}", "--format=csv,noheader")
     values = [v.strip() for v in line.split(",")]
     return dict(zip(GPU_QUERY.split(","), values, strict=True)) if line else {}
 
