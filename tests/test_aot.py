@@ -53,7 +53,8 @@ def test_every_kernel_has_a_case(package, arch):
     compiled = {case.fn.__name__ for case in cases_of(package, arch)}
     folder = importlib.import_module(f"croc_kernels.{package}").__path__[0]
     kernels = set()
-    modules = ["forward", "backward", "kernel", "mask_kernel", "mask_columns", "loss_kernel"]
+    modules = ["forward", "backward", "kernel", "mask_kernel", "mask_columns"]
+    modules += ["loss_kernel", "loss_list"]
     modules += ["hopper_forward", "hopper_backward", "hopper"] * (arch == 90)
     for module in modules:
         if importlib.util.find_spec(f"croc_kernels.{package}.{module}") is None:

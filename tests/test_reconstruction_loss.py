@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from croc_kernels import ops, reconstruction_loss
+from croc_kernels.replacement import loss_list
 from croc_kernels.replacement.config import pick_loss
 from croc_kernels.testing import assert_within_budget
 
@@ -237,8 +238,9 @@ def test_reconstruction_loss_opcheck() -> None:
         torch.library.opcheck(ops.reconstruction_loss_bwd, (p, t, w, scale, scale, beta))
 
 
-def test_reconstruction_loss_config_has_half_the_programs_for_full_blocks() -> None:
-    every, some = pick_loss(selected=False), pick_loss(selected=True)
-    assert (some.columns, some.warps, 2 * some.programs) == (
-        every.columns, every.warps, every.programs,
-    )  # fmt: skip
+def test_reconstruction_loss_config_reads_4_kib_of_a_row_at_a_time() -> None:
+    for size in (2, 4, 8):
+        picked = pick_loss(size)
+        assert picked.columns * size == 4096
+        # A program that lists rows knows how many do not count before the end of the head.
+        assert picked.head % loss_list.LIST_ROWS == 0

@@ -214,9 +214,9 @@ def test_replace_tokens_opcheck() -> None:
 
 
 @pytest.mark.parametrize(("tiles", "sums"), [(8192, 2304), (32768, 3072), (5, 9), (40, 1), (1, 1)])
-def test_replace_tokens_config_places_sums_behind_half_of_the_tiles(tiles: int, sums: int) -> None:
+def test_replace_tokens_config_places_sums_among_tiles(tiles: int, sums: int) -> None:
     programs, lead, ratio = place_sums(tiles, sums)
-    assert lead == tiles // 2
+    assert lead == tiles * 9 // 20
     assert ratio >= 1
     # The last sum's turn, and the last tile behind all sums, have a program.
     assert programs == max(tiles + sums, lead + sums * (ratio + 1))

@@ -111,7 +111,8 @@ def test_triton_is_chosen_inside_a_compiled_function() -> None:
     run("-c", RESOLVE, TRITON_INTERPRET="1")
 
 
-KERNEL_TESTS = ("token_cost_kernels", "replace_tokens_kernels", "mask_kernel", "layer_kernels")
+KERNEL_TESTS = ("token_cost_kernels", "replace_tokens_kernels", "reconstruction_loss_kernels")
+KERNEL_TESTS += ("mask_kernel", "layer_kernels")
 
 
 @pytest.mark.parametrize("file", [f"test_{name}.py" for name in KERNEL_TESTS])

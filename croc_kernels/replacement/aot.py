@@ -1,12 +1,13 @@
 """What CI compiles of the replacement and loss kernels, per chip: rows of 4096 components."""
 
 from ..aot import CompileCase
-from . import kernel, loss_kernel
+from . import kernel, loss_kernel, loss_list
 from .config import pick_loss
 from .layout import column_block
 
 DIM = 4096
 DTYPES = ("fp16", "bf16", "fp32")
+_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 # Not a multiple of 16, or a tuple.
 _ODD = ("length", "columns", "sizes", "strides")
 
@@ -43,6 +44,7 @@ def _replacement_cases(dtype: str, arch: int) -> list[CompileCase]:
     gradient |= {"work_ptr": "*i32", "part_ptr": "*fp32", "sizes": ("i32",) * 4}
     gradient |= {"plan": ("i32",) * 5, "strides": ("i32",) * 2}
     sums = {"SUM_R": kernel.SUM_ROWS, "CHUNK": kernel.CHUNK, "ACC": kernel.tl.float32}
+    sums |= {"SUM_C": column_block(DIM, kernel.SUM_BYTES // _BYTES[dtype])}
     columns = {"COLUMNS": DIM // column_block(DIM)}
     return [
         _case(
@@ -67,17 +69,21 @@ def _loss_cases(dtype: str, target: str, selected: bool, arch: int) -> list[Comp
     types |= {"where_ptr": "*i1"} if selected else {}
     constants = {"BETA": 0.01}
     constants |= {} if selected else {"where_ptr": None}
+    double = "fp64" in (dtype, target)
+    acc, ACC = ("fp64", kernel.tl.float64) if double else ("fp32", kernel.tl.float32)
     sizes, label = ("rows", "length", "dim"), f"{dtype}-{target}" + "-selected" * selected
     overlap = {"OVERLAP": arch >= 90}
-    forward = {"ACC": kernel.tl.float32, "BLOCK_R": loss_kernel.ROWS}
-    picked = pick_loss(selected)
-    forward |= {"BLOCK_C": column_block(DIM, picked.columns)}
-    forward |= {"BLOCK": loss_kernel.REDUCE_BLOCK}
+    picked = pick_loss(max(_BYTES[dtype], _BYTES[target]))
+    forward = {"ACC": ACC, "ROWS": picked.rows, "HEAD": picked.head}
+    forward |= {"BLOCK_C": column_block(DIM, picked.columns), "CLEAR_C": column_block(DIM)}
+    forward |= {"CLEARING": picked.clearing, "BLOCK": loss_kernel.REDUCE_BLOCK}
     backward = {"BLOCK_R": loss_kernel.GRADIENT_ROWS, "BLOCK_C": column_block(DIM)}
-    scalars = dict.fromkeys(("divisor_ptr", "expected_ptr"), "*fp32")
-    result = types | scalars | {"partial_ptr": "*fp32", "loss_ptr": "*fp32", "state_ptr": "*i32"}
+    scalars = dict.fromkeys(("divisor_ptr", "expected_ptr"), f"*{acc}")
+    result = (
+        types | scalars | {"partial_ptr": f"*{acc}", "loss_ptr": f"*{acc}", "state_ptr": "*i32"}
+    )
     result |= {"sizes": ("i32",) * 3}
-    gradient = scalars | {"grad_ptr": "*fp32", "history_ptr": "*fp32", "out_ptr": f"*{dtype}"}
+    gradient = scalars | {"grad_ptr": f"*{acc}", "history_ptr": f"*{acc}", "out_ptr": f"*{dtype}"}
     return [
         _case(
             f"reconstruction_loss_fwd-{label}", loss_kernel._loss_kernel,
@@ -99,12 +105,13 @@ def compile_cases(arch: int) -> list[CompileCase]:
     cases = [case for dtype in DTYPES for case in _replacement_cases(dtype, arch)]
     for types in (("bf16", "bf16", True), ("bf16", "fp32", True)):
         cases += _loss_cases(*types, arch)
-    for types in (("fp16", "fp16", False), ("fp32", "fp32", False)):
+    for types in (("fp16", "fp16", False), ("fp32", "fp32", False), ("fp64", "fp64", False)):
         cases += _loss_cases(*types, arch)
     names = ("items_ptr", "history_ptr", "divisor_ptr", "expected_ptr")
     scalars = dict.fromkeys(names, "*fp32") | {"where_ptr": "*i1", "state_ptr": "*i32"}
-    constants = {"BLOCK": loss_kernel.COUNT_BLOCK, "MEAN": True, "OVERLAP": arch >= 90}
-    start = loss_kernel._loss_start_kernel
-    warps = loss_kernel.COUNT_WARPS
+    constants = {"SPAN": loss_list.LIST_ROWS, "BLOCK": loss_list.LIST_BLOCK, "MEAN": True}
+    constants |= {"HEAD": pick_loss(2).head, "OVERLAP": arch >= 90}
+    start = loss_list._loss_start_kernel
+    warps = loss_list.LIST_WARPS
     name = "reconstruction_loss_start"
     return [*cases, _case(name, start, scalars, ("rows", "dim"), constants, warps)]

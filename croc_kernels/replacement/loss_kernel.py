@@ -1,8 +1,10 @@
 """Triton kernels of the reconstruction loss, and their launchers: one pass over the operands
 forward, one backward unless the forward has foreseen it, every sum in one order.
 
-Where tokens are selected, a small kernel lists them, so that all programs read equally many; the
-large one starts beside it with the rows that do not count, whose gradient is 0.
+Where tokens are selected, a small kernel lists the rows that count and those that do not, whose
+gradient is 0. Programs are short and take a few rows of one kind each, those that count first: the
+chip deals them out, so that no part of it waits for another, and ends with the shortest. While the
+list is made, the first of them clear the first rows.
 
 A training step calls with the same upstream gradient again and again: the weight of the loss over
 the number of micro-batches, times the scale of AMP. ``history`` on the device holds the last one,
@@ -22,11 +24,11 @@ from .layout import (
     accumulator,
     as_rows,
     column_block,
-    gdc_launch_dependents,
     gdc_wait,
     launches_overlap,
     row_offset,
 )
+from .loss_list import aligned_words, launch_start
 
 
 @triton.jit
@@ -36,6 +38,22 @@ def _chosen(where_ptr, row, rows):
     if where_ptr is not None:
         chosen = chosen & (tl.load(where_ptr + row, mask=chosen, other=0) != 0)
     return chosen
+
+
+@triton.jit
+def _slope(d, BETA: tl.constexpr):
+    """Slope of the loss of one component; NaN stays NaN."""
+    if BETA > 0:
+        slope = d * (1.0 / BETA)
+        if d.dtype == tl.float64:
+            # tl.clamp takes no float64 (triton 3.6, 3.7).
+            slope = tl.minimum(slope, 1.0, propagate_nan=tl.PropagateNan.ALL)
+            slope = tl.maximum(slope, -1.0, propagate_nan=tl.PropagateNan.ALL)
+        else:
+            slope = tl.clamp(slope, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+    return slope
 
 
 @triton.jit
@@ -61,123 +79,134 @@ def _differences(
 @triton.jit
 def _gradient(d, mask, scale, BETA: tl.constexpr):
     """Slope of the loss times ``scale``."""
-    # The last branch keeps 0 and NaN.
-    slope = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
-    if BETA > 0:
-        slope = tl.where(tl.abs(d) < BETA, d * (1.0 / BETA), slope)
     # An upstream gradient that is infinite must not reach rows that don't count.
-    return tl.where(mask, slope * scale, 0.0)
+    return tl.where(mask, _slope(d, BETA) * scale, 0.0)
 
 
 @triton.jit
-def _loss_start_kernel(
-    where_ptr, items_ptr, history_ptr, divisor_ptr, expected_ptr, state_ptr, rows, dim,
-    MEAN: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """The divisor, the upstream gradient to expect, and the state; grid = (1,).
-
-    state: tickets drawn (0), number of selected rows, then those rows in their order. No items
-    count as one: the sum is 0 then.
-    """
-    if OVERLAP:
-        gdc_launch_dependents()
-    tl.store(state_ptr, 0)
-    if history_ptr is not None:
-        # One copy for all programs: a backward of another stream may be writing the history.
-        tl.store(expected_ptr, tl.load(history_ptr + 1))
-    count = tl.full((), 0, tl.int32)
+def _listed(list_ptr, where_ptr, entry, valid):
+    """The row listed there; without a selection all rows count."""
     if where_ptr is None:
-        count += rows
+        return entry
     else:
-        for start in range(0, rows, BLOCK):
-            row = start + tl.arange(0, BLOCK)
-            chosen = tl.load(where_ptr + row, mask=row < rows, other=0) != 0
-            place = count + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-            tl.store(state_ptr + 2 + place, row, mask=chosen)
-            count += tl.sum(chosen.to(tl.int32), axis=0)
-        tl.store(state_ptr + 1, count)
-    divisor = tl.full((), 1.0, tl.float64)
-    if MEAN:
-        items = count.to(tl.float64)
-        if items_ptr is not None:
-            items = tl.load(items_ptr).to(tl.float64)
-        divisor = tl.where(items > 0, items, 1.0) * dim
-    tl.store(divisor_ptr, divisor.to(divisor_ptr.dtype.element_ty))
+        return tl.load(list_ptr + entry, mask=valid, other=0)
 
 
 @triton.jit
-def _clear_skipped(
-    where_ptr, gradient_ptr, rows, dim, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """No gradient in every so many-th block of rows, where they do not count."""
-    zero = tl.zeros((BLOCK_R, BLOCK_C), gradient_ptr.dtype.element_ty)
-    for first in range(tl.program_id(0) * BLOCK_R, rows, tl.num_programs(0) * BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        skipped = (row < rows) & ~_chosen(where_ptr, row, rows)
-        for c in range(0, dim, BLOCK_C):
-            col = (c + tl.arange(0, BLOCK_C))[None, :]
-            place = row.to(tl.int64)[:, None] * dim + col
-            tl.store(gradient_ptr + place, zero, mask=skipped[:, None] & (col < dim))
+def _tile(rows_ptr, row, first, length, dim, stride_b, stride_l, valid, BLOCK_C: tl.constexpr):
+    """Components from ``first`` on of one row, 0 behind the last one."""
+    col = first + tl.arange(0, BLOCK_C)
+    offset = row_offset(row, length, stride_b, stride_l)
+    return tl.load(rows_ptr + offset + col, mask=valid & (col < dim), other=0.0)
+
+
+@triton.jit
+def _clear(gradient_ptr, row, skipped, dim, BLOCK_C: tl.constexpr):
+    """No gradient in the skipped ones of these rows."""
+    zero = tl.zeros((row.shape[0], BLOCK_C), gradient_ptr.dtype.element_ty)
+    for c in range(0, dim, BLOCK_C):
+        col = (c + tl.arange(0, BLOCK_C))[None, :]
+        place = row.to(tl.int64)[:, None] * dim + col
+        tl.store(gradient_ptr + place, zero, mask=skipped[:, None] & (col < dim))
+
+
+@triton.jit
+def _sum_losses(
+    prediction_ptr, target_ptr, where_ptr, divisor_ptr, expected_ptr, gradient_ptr, list_ptr,
+    first, last, sizes, strides,
+    BETA: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Sum of the losses of the listed rows first to last, and their gradient where its scale is
+    expected. Each tile is on its way while the one before is used.
+    """
+    length, dim, columns = sizes[1], sizes[2], tl.cdiv(sizes[2], BLOCK_C)
+    # Never negative; said aloud it saves 8 registers (triton 3.6), and so a program more fits in.
+    steps = tl.maximum(last - first, 0) * columns
+    row = _listed(list_ptr, where_ptr, first, first < last)
+    p = _tile(prediction_ptr, row, 0, length, dim, strides[0], strides[1], first < last, BLOCK_C)
+    t = _tile(target_ptr, row, 0, length, dim, strides[2], strides[3], first < last, BLOCK_C)
+    if OVERLAP:
+        if where_ptr is None:
+            gdc_wait()
+    scale, written = 1.0, dim
+    if gradient_ptr is not None:
+        expected = tl.load(expected_ptr)
+        scale = expected / tl.load(divisor_ptr)
+        written = tl.where(expected == expected, dim, 0)
+    acc = tl.zeros((BLOCK_C,), ACC)
+    c = 0
+    for step in range(1, steps + 1):
+        following = tl.where(c + BLOCK_C < dim, c + BLOCK_C, 0)
+        entry, more = first + step // columns, step < steps
+        next_row = _listed(list_ptr, where_ptr, entry, more)
+        next_p = _tile(
+            prediction_ptr, next_row, following, length, dim, strides[0], strides[1], more, BLOCK_C
+        )  # fmt: skip
+        next_t = _tile(
+            target_ptr, next_row, following, length, dim, strides[2], strides[3], more, BLOCK_C
+        )  # fmt: skip
+        d = p.to(ACC) - t.to(ACC)
+        slope = _slope(d, BETA)
+        # d^2 / 2 beta inside the parabola, |d| - beta / 2 outside.
+        acc += slope * (d - (0.5 * BETA) * slope)
+        if gradient_ptr is not None:
+            col = c + tl.arange(0, BLOCK_C)
+            gradient = (slope * scale).to(gradient_ptr.dtype.element_ty)
+            tl.store(gradient_ptr + row.to(tl.int64) * dim + col, gradient, mask=col < written)
+        p, t, row, c = next_p, next_t, next_row, following
+    return tl.sum(acc, axis=0)
 
 
 @triton.jit
 def _loss_kernel(
     prediction_ptr, target_ptr, where_ptr, partial_ptr, divisor_ptr, loss_ptr, expected_ptr,
     gradient_ptr, state_ptr, sizes, strides,
-    BETA: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    BETA: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    CLEAR_C: tl.constexpr, HEAD: tl.constexpr, CLEARING: tl.constexpr, BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Loss and, where its scale is expected, gradient of every so many-th block of rows.
+    """Loss and gradient of ROWS rows that count, or no gradient in ROWS that don't.
 
-    sizes: rows, rows per image, components. grid = (programs,). The program that ends last adds up
-    the partial sums, in float64 and in their order.
+    sizes: rows, rows per image, components. grid = (programs,), at least one per ROWS rows of
+    either kind. The program that ends last adds up the partial sums, in float64 and in their order.
     """
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    rows, length, dim = sizes
-    if gradient_ptr is not None:
-        if where_ptr is not None:
-            _clear_skipped(where_ptr, gradient_ptr, rows, dim, BLOCK_R, BLOCK_C)
-    if OVERLAP:
-        gdc_wait()
-    divisor = tl.load(divisor_ptr)
-    if gradient_ptr is not None:
-        expected = tl.load(expected_ptr)
-        scale = expected / divisor
-    count = rows
+    program, rows, dim = tl.program_id(0), sizes[0], sizes[2]
+    count, skipped = rows, 0
     if where_ptr is not None:
-        count = tl.load(state_ptr + 1)
-    acc = tl.zeros((BLOCK_C,), ACC)
-    for first in range(program * BLOCK_R, count, programs * BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        chosen = row < count
-        if where_ptr is not None:
-            row = tl.load(state_ptr + 2 + row, mask=chosen, other=0)
-        for c in range(0, dim, BLOCK_C):
-            d, mask, place, _ = _differences(
-                prediction_ptr, target_ptr, chosen, row, c, rows, length, dim, strides,
-                ACC, BLOCK_C,
-            )  # fmt: skip
-            size = tl.abs(d)
-            if BETA > 0:
-                size = tl.where(size < BETA, d * d * (0.5 / BETA), size - 0.5 * BETA)
-            acc += tl.sum(size, axis=0)
-            if gradient_ptr is not None:
-                if expected == expected:
-                    gradient = _gradient(d, mask, scale, BETA).to(gradient_ptr.dtype.element_ty)
-                    tl.store(gradient_ptr + place, gradient, mask=mask)
-    tl.store(partial_ptr + program, tl.sum(acc, axis=0))
-    # All of this program's writes come before its ticket, all tickets before the last one's reads.
-    tl.debug_barrier()
-    ticket = tl.atomic_add(state_ptr, 1)
-    if ticket == programs - 1:
-        total = tl.zeros((BLOCK,), tl.float64)
-        for start in range(0, programs, BLOCK):
-            entry = start + tl.arange(0, BLOCK)
-            total += tl.load(
-                partial_ptr + entry, mask=entry < programs, other=0.0, cache_modifier=".cg"
-            )
-        loss = tl.sum(total, axis=0) / divisor
-        tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
+        if gradient_ptr is not None:
+            if program < CLEARING:
+                for first in range(program * ROWS, tl.minimum(rows, HEAD), CLEARING * ROWS):
+                    row = first + tl.arange(0, ROWS)
+                    inside = row < tl.minimum(rows, HEAD)
+                    _clear(gradient_ptr, row, inside & ~_chosen(where_ptr, row, rows), dim, CLEAR_C)
+        if OVERLAP:
+            gdc_wait()
+        count, skipped = tl.load(state_ptr + 1), tl.load(state_ptr + 2)
+    programs = tl.maximum(tl.cdiv(count, ROWS), 1)
+    if program < programs:
+        total = _sum_losses(
+            prediction_ptr, target_ptr, where_ptr, divisor_ptr, expected_ptr, gradient_ptr,
+            state_ptr + 3, program * ROWS, tl.minimum(program * ROWS + ROWS, count), sizes, strides,
+            BETA, ACC, BLOCK_C, OVERLAP,
+        )  # fmt: skip
+        tl.store(partial_ptr + program, total)
+        # All of this program's writes come before its ticket, all tickets before the last reads.
+        tl.debug_barrier()
+        ticket = tl.atomic_add(state_ptr, 1)
+        if ticket == programs - 1:
+            loss = tl.full((), 0.0, tl.float64)
+            for start in range(0, programs, BLOCK):
+                entry = start + tl.arange(0, BLOCK)
+                part = tl.load(
+                    partial_ptr + entry, mask=entry < programs, other=0.0, cache_modifier=".cg"
+                )
+                loss += tl.sum(part.to(tl.float64), axis=0)
+            tl.store(loss_ptr, (loss / tl.load(divisor_ptr)).to(loss_ptr.dtype.element_ty))
+    elif gradient_ptr is not None:
+        entry = skipped + (program - programs) * ROWS + tl.arange(0, ROWS)
+        valid = entry < rows - count
+        row = tl.load(state_ptr + 3 + rows - 1 - entry, mask=valid, other=0)
+        _clear(gradient_ptr, row, valid, dim, CLEAR_C)
 
 
 @triton.jit
@@ -216,13 +245,13 @@ def _loss_gradient_kernel(
         tl.store(out_ptr + place, gradient, mask=inside)
 
 
-# Rows that a forward program reads at a time, and rows of the backward kernel's tiles.
-ROWS, GRADIENT_ROWS = 2, 4
+# Rows of the backward kernel's tiles.
+GRADIENT_ROWS = 4
 # Programs and warps of the backward kernel where most calls have nothing to do. H100, a trial in
 # docs/matching.md: 1 us less at 16 x 1024 than 2112 programs of 4 warps.
 CHECK_PROGRAMS, CHECK_WARPS = 264, 16
-# Partial sums and selections read at a time.
-REDUCE_BLOCK, COUNT_BLOCK, COUNT_WARPS = 1024, 8192, 32
+# Partial sums read at a time. H200, docs/matching.md: 1.6 us less at 16 x 1024 than 1024.
+REDUCE_BLOCK = 4096
 
 
 def _forward(
@@ -241,23 +270,24 @@ def _forward(
         zero, one = prediction.new_zeros((), dtype=dtype), prediction.new_ones((), dtype=dtype)
         return zero, one, torch.full_like(zero, torch.nan), gradient
     loss, divisor, expected = (prediction.new_empty((), dtype=dtype) for _ in range(3))
-    picked = pick_loss(selected=where is not None)
-    programs = min(triton.cdiv(rows, ROWS), picked.programs)
-    partial = prediction.new_empty((programs,), dtype=dtype)
-    state = prediction.new_empty((2 + (0 if where is None else rows),), dtype=torch.int32)
+    picked = pick_loss(max(prediction.element_size(), target.element_size()))
+    blocks = triton.cdiv(rows, picked.rows)
+    partial = prediction.new_empty((blocks,), dtype=dtype)
+    state = prediction.new_empty((3 + (0 if where is None else rows),), dtype=torch.int32)
     p, t = as_rows(prediction), as_rows(target)
-    where = None if where is None else where.contiguous()
+    where = None if where is None else aligned_words(where)
     overlap = launches_overlap(p)
     with on_device(p):
-        _loss_start_kernel[(1,)](
-            where, items, history, divisor, expected, state, rows, dim,
-            MEAN=mean, BLOCK=COUNT_BLOCK, OVERLAP=overlap,
-            num_warps=4 if where is None else COUNT_WARPS,
+        launch_start(
+            where, items, history, (divisor, expected, state), (rows, dim), mean, picked.head,
+            overlap,
         )  # fmt: skip
-        _loss_kernel[(programs,)](
+        # Of the rows of either kind one block may not be full.
+        _loss_kernel[(blocks + (where is not None and history is not None),)](
             p, t, where, partial, divisor, loss, expected, None if history is None else gradient,
             state, (rows, p.shape[1], dim), (*p.stride()[:2], *t.stride()[:2]),
-            BETA=beta, ACC=acc, BLOCK_R=ROWS, BLOCK_C=column_block(dim, picked.columns),
+            BETA=beta, ACC=acc, ROWS=picked.rows, BLOCK_C=column_block(dim, picked.columns),
+            CLEAR_C=column_block(dim), HEAD=picked.head, CLEARING=picked.clearing,
             BLOCK=REDUCE_BLOCK, OVERLAP=overlap, num_warps=picked.warps,
             **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
