@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cuda_emulation import emulator
-from test_assignment_cuda import assert_same_bits, check, make, needs_compiler
+from test_assignment_cuda import assert_same_bits, check, distances, make, needs_compiler
 
 SCHEDULES = ((-1, 0), (-2, 5), (-3, 1), (-8, 3))  # at most so many blocks of a cluster, and a seed
 
@@ -23,12 +23,23 @@ def solve_with_all_sizes(cost: np.ndarray) -> emulator.Solution:
         pytest.param("product", 272, 300, np.float32, id="product"),
         pytest.param("low_rank", 272, 272, np.float64, id="square"),
         pytest.param("low_rank", 275, 331, np.float32, id="unaligned"),
-        pytest.param("init_tight", 272, 420, np.float64, id="fp64"),
+        pytest.param("two_scales", 272, 420, np.float64, id="fp64"),
     ],
 )
 def test_emulated_anneal_same_bits(family: str, n: int, m: int, dtype: type) -> None:
     solution = solve_with_all_sizes(make(family, n, m, 0, dtype)[None])
     assert solution.counters[0]["anneal_steps"] > 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("m", [pytest.param(512, id="vectors"), pytest.param(301, id="unaligned")])
+def test_emulated_anneal_same_bits_however_far_ahead(m: int) -> None:
+    """Costs of one, two or three times a row per warp are on their way."""
+    cost = make("product", 272, m, 0)[None]
+    limits = (emulator.H100_SHARED, 163 * 1024, 99 * 1024)
+    first, *others = (emulator.solve(cost, shared_limit=limit, seed=2) for limit in limits)
+    assert_same_bits(first, *others)
+    assert first.counters[0]["anneal_steps"] > 0
 
 
 @needs_compiler
@@ -40,7 +51,7 @@ def test_emulated_anneal_same_bits(family: str, n: int, m: int, dtype: type) -> 
     ],
 )
 def test_emulated_anneal_wide(m: int, dtype: type) -> None:
-    """More columns than the threads of a block keep: costs are read twice in a step."""
+    """More columns than a warp keeps: costs are read twice in a step."""
     cost = make("product", 272, m, 0, dtype)[None]
     first, other = (emulator.solve(cost, blocks=b, seed=s) for b, s in ((-1, 0), (-5, 2)))
     assert_same_bits(first, other)
@@ -69,6 +80,21 @@ def test_emulated_anneal_swapped_ragged() -> None:
 @pytest.mark.parametrize("family", ["uniform", "column_offsets", "constant", "infinite"])
 def test_emulated_anneal_not_for_rows_that_are_served(family: str) -> None:
     solution = emulator.solve(make(family, 280, 500, 0)[None], seed=1)
+    assert solution.counters[0]["anneal_steps"] == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "cost",
+    [
+        pytest.param(make("init_tight", 280, 512, 0), id="many-near-columns"),
+        pytest.param(distances(280, 512, 3, trained=16), id="few-near-columns"),
+    ],
+)
+def test_emulated_anneal_not_for_rows_that_wait_among_equals(cost: np.ndarray) -> None:
+    """Half of the rows and more want columns that others want, but the next are about as near."""
+    solution = emulator.solve(cost[None], seed=1)
+    check(cost[None], solution, None, False)
     assert solution.counters[0]["anneal_steps"] == 0
 
 

@@ -307,6 +307,7 @@ def test_workspace_is_below_half_of_the_costs() -> None:
         ("divergent_cluster", "divergent blocks"),
         ("missing_block", "blocks wait"),
         ("late_word", "has ended"),
+        ("missing_wait", "nobody has waited for"),
     ],
 )
 def test_emulation_notices(mistake: str, message: str) -> None:

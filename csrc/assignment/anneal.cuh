@@ -10,61 +10,29 @@
 // kParts parts whose sums are added in one order.
 #pragma once
 
-#include "cluster.cuh"
+#include "anneal_ahead.cuh"
 #include "nearest.cuh"
 
 namespace croc::gpu {
 
-constexpr int kAnnealThreads = 256;      // always: the order of sums depends on it
-constexpr int kFours = 2;                // of columns per thread
 constexpr int kAnnealRows = 272;         // fewer are matched faster than annealed
 constexpr int kAnnealColumns = 1 << 15;  // more have no room in what follows
-constexpr int kCrowded = 3;              // more than n / 3 rows are not alone, or first in line
-constexpr int kParts = 16;               // of the rows: part k has every 16th, from k on
-constexpr int kAtOnce = 8;               // rows; sums_of_warp is made for as many
 constexpr int kMassSteps = 8;            // of Newton's method, at most
 constexpr double kMassPrecision = 0.02;  // of s, in temperatures
 constexpr double kMassStep = 16.0;       // and at most at a time
-constexpr double kLog2OfE = 1.4426950408889634;
-constexpr float kMostPower = 100.0f;  // of two, of a row's share before its sum is known
 
 // From a temperature of kHottest times that of the first steps on it falls by half, so many times,
-// with kSteps at each, or fewer once no potential of a column is further from its new value than
-// kSettled temperatures; a potential goes kRelaxed times as far as to that.
+// with kSteps at each, or fewer once no potential of a column is further from its new value than so
+// many temperatures; a potential goes kRelaxed times as far as to that. Where it is hot most rows
+// find out how far they have to go: the last kCold temperatures settle what is near.
 constexpr double kHottest = 8.0, kHottestMany = 32.0;  // with many rows
-constexpr int kHalvings = 6, kHalvingsMany = 8, kSteps = 6;
-constexpr double kRelaxed = 1.5, kSettled = 0.15;
+constexpr int kHalvings = 6, kHalvingsMany = 8, kSteps = 6, kCold = 3;
+constexpr double kRelaxed = 1.5, kSettled = 0.03, kSettledCold = 0.3, kSettledMany = 0.15;
 
-// What the blocks write: sums of two steps in turn, since a block may begin the next step while
-// another still reads this one's. The copies of columns, or the levels where others of the batch
-// have many rows, come later: their memory is free. It takes 192 bytes per column in float32 and
-// 256 in float64; both have at least n.
-template <class T>
-struct AnnealState {
-  int pitch;
-  float* sums;   // (kParts, padded m)
-  T* potential;  // (padded m) this block's, of the columns
-  T* demand;     // (padded m) and what the rows alone would make of them, negated
-
-  __device__ AnnealState(const Problem<T>& p, int page) : pitch(padded(p.m)) {
-    float* first = static_cast<float*>(p.slots > 0 ? p.work.copies : p.work.level);
-    const int64_t page_size = int64_t{kParts} * pitch;
-    sums = first + page * page_size;
-    potential = reinterpret_cast<T*>(first + 2 * page_size) + 2 * Team::all().rank * pitch;
-    demand = potential + pitch;
-  }
-  __device__ float* sums_of(int part) const { return sums + part * pitch; }
-  // Four potentials, -inf beyond the last column.
-  __device__ void potentials(int first, T (&out)[4]) const {
-    if (first < pitch)
-      four(potential, first, out);
-    else
-      out[0] = out[1] = out[2] = out[3] = static_cast<T>(-infinity());
-  }
-};
-
-// Whether more than a third of the rows would be left free by a matching of nearest columns, or of
-// many rows more than five ninths: with fewer their auction is faster.
+// Whether the first start crowds the columns. Of many rows more than five ninths would be left free
+// by a matching of nearest columns: with fewer their auction is faster. Of others more than a
+// third, and the last Sinkhorn step, too, still sent more rows than 3 n / 16 to columns that were
+// full: rows that wait, but whose next columns are about as near, are matched faster than annealed.
 template <class T>
 __device__ bool crowded(const Problem<T>& p) {
   __shared__ unsigned taken[kAnnealColumns / kWarp];
@@ -79,161 +47,8 @@ __device__ bool crowded(const Problem<T>& p) {
   int served = 0;
   for (int w = threadIdx.x; w < words; w += blockDim.x) served += __popc(taken[w]);
   const int free = p.n - block_count(served, 0);
-  return p.many ? 9 * free > 5 * p.n : kCrowded * free > p.n;
-}
-
-// Sums of eight numbers over a warp: lanes 4 k to 4 k + 3 get the k-th.
-__device__ inline float sums_of_warp(float (&x)[kAtOnce]) {
-#pragma unroll
-  for (int half = kAtOnce / 2, step = kWarp / 2; half > 0; half /= 2, step /= 2) {
-    const bool upper = (lane_id() & step) != 0;
-#pragma unroll
-    for (int k = 0; k < half; ++k) {
-      const float given = upper ? x[k] : x[k + half];
-      x[k] = (upper ? x[k + half] : x[k]) + __shfl_xor_sync(kAllLanes, given, step);
-    }
-  }
-  x[0] += __shfl_xor_sync(kAllLanes, x[0], 2);
-  return x[0] + __shfl_xor_sync(kAllLanes, x[0], 1);
-}
-
-// And over the block: lane k gets the k-th, as do those 8, 16 and 24 lanes after it. `turn` as in
-// block_least.
-__device__ inline float sums_of_block(float (&x)[kAtOnce], int turn) {
-  __shared__ float slots[2][kAnnealThreads / kWarp][kAtOnce];
-  const float of_warp = sums_of_warp(x);
-  if (lane_id() % 4 == 0) slots[turn & 1][warp_id()][lane_id() / 4] = of_warp;
-  __syncthreads();
-  float sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < kAnnealThreads / kWarp; w += 4)
-    sum += slots[turn & 1][w + lane_id() / kAtOnce][lane_id() % kAtOnce];
-  sum += __shfl_xor_sync(kAllLanes, sum, 8);
-  return sum + __shfl_xor_sync(kAllLanes, sum, 16);
-}
-
-// Shares of a few rows in a thread's columns: `first` to first + 3, and as many again
-// 4 * kAnnealThreads further on. Before they are divided by the sums of their rows.
-using Shares = float[kAtOnce][kFours][4];
-
-// A few rows of a part: what a thread needs of them. Those beyond the last have a potential of
-// -inf, and any costs; so have columns beyond the last.
-template <class T, bool kVectors>
-struct FewRows {
-  const Costs<T>& costs;
-  T x[kAtOnce][kFours][4];
-  T potential[kAtOnce];
-
-  __device__ void load(int row, int first) {
-    const T* from = costs.base + row * costs.row_stride;
-#pragma unroll
-    for (int r = 0; r < kAtOnce; ++r, from += kParts * costs.row_stride) {
-      if (row + kParts * r >= costs.n) continue;
-#pragma unroll
-      for (int f = 0; f < kFours; ++f) {
-        const int column = first + 4 * kAnnealThreads * f;
-        if (column >= costs.m) continue;
-        if (kVectors)
-          Costs<T>::load_vector(from + column, x[r][f]);
-        else
-          costs.load_each(from, column, x[r][f]);
-      }
-    }
-  }
-  __device__ void share(const AnnealState<T>& state, int first, T scale, Shares& shares) const {
-#pragma unroll
-    for (int f = 0; f < kFours; ++f) {
-      T columns[4];
-      state.potentials(first + 4 * kAnnealThreads * f, columns);
-#pragma unroll
-      for (int c = 0; c < 4; ++c) columns[c] *= scale;
-#pragma unroll
-      for (int r = 0; r < kAtOnce; ++r) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const T z = (potential[r] - costs.sign * x[r][f][c]) * scale + columns[c];
-          shares[r][f][c] = power_of_two(fminf(static_cast<float>(z), kMostPower));
-        }
-      }
-    }
-  }
-};
-
-__device__ inline void add_shares(const Shares& shares, float (&sums)[kAtOnce]) {
-#pragma unroll
-  for (int r = 0; r < kAtOnce; ++r) {
-#pragma unroll
-    for (int f = 0; f < kFours; ++f)
-      sums[r] += (shares[r][f][0] + shares[r][f][1]) + (shares[r][f][2] + shares[r][f][3]);
-  }
-}
-
-// Adds them to the sums of a thread's columns, which `begin` with them.
-__device__ inline void send_shares(const Shares& shares, const float (&factors)[kAtOnce],
-                                   float* sums, int first, int m, bool begin) {
-#pragma unroll
-  for (int f = 0; f < kFours; ++f) {
-    const int column = first + 4 * kAnnealThreads * f;
-    if (column >= m) continue;
-    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    if (!begin) four(sums, column, total);
-#pragma unroll
-    for (int r = 0; r < kAtOnce; ++r) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) total[c] += shares[r][f][c] * factors[r];
-    }
-    *reinterpret_cast<float4*>(sums + column) = {total[0], total[1], total[2], total[3]};
-  }
-}
-
-// Potentials of the rows, and of each column what a part's rows send there. Costs are read once,
-// float32 while the rows before are at work; `kWide`: a thread has more columns than it keeps, and
-// reads them twice. A row's sum is made under its potential of the step before, and so needs no
-// maximum: should that be far off, it takes another step or two to come near.
-//
-// The phases of a step are not inlined, so that each has the registers to itself.
-template <class T, bool kVectors, bool kWide>
-__device__ CROC_NOINLINE void anneal_rows(Arguments a, double temperature, int page) {
-  constexpr bool kAhead = sizeof(T) == 4 && !kWide;
-  const Problem<T> p(a);
-  const AnnealState<T> state(p, page);
-  const T scale = static_cast<T>(kLog2OfE / temperature);
-  const int mine = 4 * static_cast<int>(threadIdx.x);
-  FewRows<T, kVectors> rows{p.costs, {}, {}};
-  int part = Team::all().rank, row = part;
-  if (kAhead) rows.load(row, mine);
-  for (int turn = 0; part < kParts; ++turn) {
-    int next_part = part, next_row = row + kParts * kAtOnce;
-    if (next_row >= p.n) next_part = next_row = part + Team::all().size;
-    const int its_row = row + kParts * (lane_id() % kAtOnce);
-    const double before = its_row < p.n ? p.work.row_value[its_row] : -infinity();
-#pragma unroll
-    for (int r = 0; r < kAtOnce; ++r)
-      rows.potential[r] = __shfl_sync(kAllLanes, static_cast<T>(before), r);
-    Shares shares;
-    const auto share = [&](int first) {
-      if (!kAhead) rows.load(row, first);
-      rows.share(state, first, scale, shares);
-      if (kAhead && next_part < kParts) rows.load(next_row, first);
-    };
-    float factors[kAtOnce] = {};  // the rows' sums, at first
-    for (int first = mine; first < p.m; first += 4 * kFours * kAnnealThreads) {
-      share(first);
-      add_shares(shares, factors);
-      if (!kWide) break;
-    }
-    const float sum = fmaxf(sums_of_block(factors, turn), 1e-37f);
-    if (warp_id() == 0 && lane_id() < kAtOnce && its_row < p.n)
-      p.work.row_value[its_row] = before - temperature * static_cast<double>(__logf(sum));
-#pragma unroll
-    for (int r = 0; r < kAtOnce; ++r) factors[r] = __shfl_sync(kAllLanes, __fdividef(1.0f, sum), r);
-    for (int first = mine; first < p.m; first += 4 * kFours * kAnnealThreads) {
-      if (kWide) share(first);
-      send_shares(shares, factors, state.sums_of(part), first, p.m, row == part);
-      if (!kWide) break;
-    }
-    part = next_part, row = next_row;
-  }
+  if (p.many) return 9 * free > 5 * p.n;
+  return 3 * free > p.n && 16 * p.scalars().overload > 3u * kOverload * p.n;
 }
 
 // What the row of leftover columns takes at potential s, and by how much more for each temperature
@@ -342,9 +157,30 @@ __device__ CROC_NOINLINE Leftover anneal_columns(Arguments a, double temperature
   return {s, block_most(unsettled, page)};
 }
 
+// Whether costs come ahead of their time.
+template <class T>
+__device__ bool ahead(const Problem<T>& p) {
+  return sizeof(T) == 4 && p.m <= kKeptColumns;
+}
+
+// A step by rows. The ring, if there is one, is at `place`, and later at what is returned.
+template <class T>
+__device__ int anneal_all_rows(const Arguments& a, const Problem<T>& p, double temperature,
+                               int page, int place) {
+  if constexpr (sizeof(T) == 4) {
+    if (ahead(p))
+      return p.costs.vectors ? anneal_rows_ahead<true>(a, temperature, page, place)
+                             : anneal_rows_ahead<false>(a, temperature, page, place);
+  }
+  p.costs.vectors ? anneal_rows<T, true>(a, temperature, page)
+                  : anneal_rows<T, false>(a, temperature, page);
+  return place;
+}
+
 // Grid (batch, blocks of a cluster). Problems that the first start serves well return at once.
 template <class T>
 __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
+  CROC_DYNAMIC_SHARED(shared);
   const Problem<T> p(a);
   if (p.failed() || p.n < kAnnealRows || p.m > kAnnealColumns) return;
   const double hottest = p.many ? kHottestMany : kHottest;
@@ -352,28 +188,32 @@ __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
   if (!(temperature > 0.0) || !crowded(p)) return;
   const Team team = Team::all();
   const AnnealState<T> state(p, 0);
+  if constexpr (sizeof(T) == 4) {
+    const Ring ring(shared, a.ring_places);
+    if (ahead(p)) p.costs.vectors ? fill<true>(ring, p, team) : fill<false>(ring, p, team);
+  }
   for (int j = threadIdx.x; j < state.pitch; j += blockDim.x)
     state.potential[j] = static_cast<T>(p.work.v[j]);
   for (int i = threadIdx.x; i < p.n; i += blockDim.x)
     if (i % kParts % team.size == team.rank) p.work.row_value[i] = p.work.u[i];
   __syncthreads();
-  const bool vectors = p.costs.vectors, wide = p.m > 4 * kFours * kAnnealThreads;
   const int halvings = p.many ? kHalvingsMany : kHalvings;
   Leftover leftover{0.0, 0.0f};
-  int steps = 0;
+  int steps = 0, place = 0;
+#pragma unroll 1
   for (int halving = 0; halving <= halvings; ++halving, temperature *= 0.5) {
+    const double settled = p.many                       ? kSettledMany
+                           : halving + kCold > halvings ? kSettledCold
+                                                        : kSettled;
+#pragma unroll 1
     for (int step = 0; step < kSteps; ++step, ++steps) {
-      if (step > 0 && leftover.unsettled < kSettled * temperature) break;
-      if (wide)
-        vectors ? anneal_rows<T, true, true>(a, temperature, steps & 1)
-                : anneal_rows<T, false, true>(a, temperature, steps & 1);
-      else
-        vectors ? anneal_rows<T, true, false>(a, temperature, steps & 1)
-                : anneal_rows<T, false, false>(a, temperature, steps & 1);
+      if (step > 0 && leftover.unsettled < settled * temperature) break;
+      place = anneal_all_rows(a, p, temperature, steps & 1, place);
       team.wait();
       leftover = anneal_columns<T>(a, temperature, leftover.s, steps & 1);
     }
   }
+  wait_for_copies(0);
   if (team.rank != 0) return;
   __syncthreads();
   count(p.scalars(), kAnnealSteps, steps);

@@ -65,6 +65,49 @@ __device__ inline void prefetch(const void* address) {
 #endif
 }
 
+// Copies kBytes, 4 or 16, from global to shared memory, or 0 if not `with`. They are there for this
+// thread once it has waited for the group that they are in; close_copies ends a group.
+template <int kBytes>
+__device__ void copy_ahead(float* to, const float* from, bool with) {
+#ifdef CROC_EMULATION
+  emulation::copy_ahead(to, from, with ? kBytes : 0, kBytes);
+#else
+  const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const size_t address = __cvta_generic_to_global(from);
+  const int bytes = with ? kBytes : 0;
+  if (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(address),
+                 "r"(bytes)
+                 : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(place), "l"(address),
+                 "r"(bytes)
+                 : "memory");
+#endif
+}
+
+__device__ inline void close_copies() {
+#ifdef CROC_EMULATION
+  emulation::close_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// For all groups but the last `left`, at most 2.
+__device__ inline void wait_for_copies(int left) {
+#ifdef CROC_EMULATION
+  emulation::wait_for_copies(left);
+#else
+  if (left >= 2)
+    asm volatile("cp.async.wait_group 2;" ::: "memory");
+  else if (left == 1)
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+  else
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+#endif
+}
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) & (kWarp - 1); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x) / kWarp; }
 __device__ inline int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }

@@ -44,10 +44,10 @@ struct Scalars {
   int high_exponent;   // and smaller than 2^(high_exponent + 1)
   int with_levels;     // 1 if the columns' levels are there, see levels.cuh
   int from_means;      // the start of the column duals: 1 column means, 0 zero
-  double spread;       // local scale: distance from a row's least reduced cost to about its ninth,
-                       // median row
+  double spread;       // local scale: from a row's least reduced cost to about its ninth, median
   double temperature;  // of the Sinkhorn steps; 0: none
   double slack;        // Sinkhorn potential of the row that takes the m - n columns left over
+  unsigned overload;   // rows that the last Sinkhorn step sent to full columns, times kOverload
   int counters[kCounters];
 };
 
@@ -67,6 +67,7 @@ struct Arguments {
   unsigned char* workspace;
   int64_t workspace_stride;  // bytes per problem
   int many_rows;             // problems with as many rows begin with an auction, see searches.cuh
+  int ring_places;           // see anneal_ahead.cuh
   int64_t state_bytes;       // of it, for the sequential phases if shared memory is too small
 
   __host__ __device__ int max_n() const { return rows < columns ? rows : columns; }

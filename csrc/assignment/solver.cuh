@@ -32,14 +32,15 @@ inline int threads_for(int wanted, int most) {
 struct Plan {
   int64_t shared;  // bytes of shared memory for their state; 0: it is in the workspace
   int threads;
-  int groups;     // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
-  int blocks;     // that bid for one problem, a cluster
-  int anneal;     // and that anneal it
-  int many_rows;  // as in Arguments
+  int groups;  // of 4 columns per thread in registers: 1 or 4; 0: any number, in memory
+  int blocks;  // that bid for one problem, a cluster
+  int anneal;  // and that anneal it
+  int many_rows, ring_places;  // as in Arguments
 };
 
 // Most bytes of shared memory that a kernel declares itself: the slots of searches and reductions.
 constexpr int kStaticShared = 6 * 1024;
+constexpr int kAnnealShared = 10 * 1024;  // the same of annealing
 
 constexpr int kBlocksAtOnce = 128;  // of clusters, of an H100's 132: launch.cuh asks how many fit
 
@@ -49,6 +50,7 @@ inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int mos
   State s;
   Plan plan{};
   plan.many_rows = many_rows;
+  plan.ring_places = max_n < kAnnealRows ? 0 : places_within(shared_limit - kAnnealShared);
   plan.anneal = most_blocks;
   while (plan.anneal > 1 && int64_t{plan.anneal} * batch > kBlocksAtOnce) --plan.anneal;
   plan.blocks = max_n < many_rows ? 1 : plan.anneal;
@@ -66,6 +68,7 @@ inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int mos
 inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
   State s;
   a.many_rows = plan.many_rows;
+  a.ring_places = a.cost_bytes == 4 ? plan.ring_places : 0;
   a.state_bytes = plan.shared > 0 ? 0 : s.carve(nullptr, a.max_n(), a.max_m(), plan.groups, 1);
   Workspace w;
   a.workspace_stride = w.carve(nullptr, a);
@@ -104,7 +107,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(start_from_sinkhorn<T>, problems, problem_threads, 0, a);
     launch(nearest_columns<T>, rows, kRowThreads, 0, a);
     launch(find_twins<T>, rows, kRowThreads, 0, a);
-    launch(anneal<T>, dim3(a.batch, plan.anneal), kAnnealThreads, 0, a, plan.anneal);
+    launch(anneal<T>, dim3(a.batch, plan.anneal), kAnnealThreads,
+           int64_t{a.ring_places} * Ring::kBytes, a, plan.anneal);
     launch(nearest_again<T>, rows, kRowThreads, 0, a);
     launch(matching_kernel<T>(plan), dim3(a.batch, plan.blocks), plan.threads, plan.shared, a,
            plan.blocks);

@@ -11,6 +11,7 @@ constexpr int kStripeThreads = 512;    // and its threads: a warp takes every 16
 constexpr int kRowThreads = 256;       // row passes: a warp per row
 constexpr int kProblemThreads = 1024;  // one block per problem
 constexpr int kSampledRows = 64;       // that choose the start
+constexpr int kOverload = 1024;        // of these are one row of Scalars::overload
 
 // Visits this block's stripe of columns: visit(row, four costs), first column of the four in
 // `first`. Lanes beyond the last column visit nothing.
@@ -318,7 +319,7 @@ __global__ void sinkhorn_rows(Arguments a) {
     }
     const double slack = temperature * log(static_cast<double>(p.m - p.n)) -
                          warp_log_sum(sum, scale).value(temperature);
-    if (lane_id() == 0) p.scalars().slack = slack;
+    if (lane_id() == 0) p.scalars().slack = slack, p.scalars().overload = 0;
     return;
   }
   const int row = row_of_warp();
@@ -356,15 +357,24 @@ __global__ void sinkhorn_columns(Arguments a) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) sums[warp_id()][4 * lane_id() + k] = sum[k];
   __syncthreads();
+  if (threadIdx.x >= kStripe) return;
   const int column = stripe_start() + static_cast<int>(threadIdx.x);
-  if (threadIdx.x < kStripe && column < p.m) {
+  float asked = 0.0f;
+  if (column < p.m) {
     const double old = static_cast<double>(p.potential()[column]);
     float total =
         p.m > p.n ? __expf(static_cast<float>((p.scalars().slack + old) / temperature)) : 0.0f;
+    asked = -total;
     for (int w = 0; w < warp_count(); ++w) total += sums[w][threadIdx.x];
+    asked += total;
     p.potential()[column] =
         static_cast<T>(old - temperature * static_cast<double>(__logf(fmaxf(total, 1e-37f))));
   }
+  // In whole numbers: their sum is the same in any order.
+  const float beyond = fminf(fmaxf(asked - 1.0f, 0.0f), static_cast<float>(p.n));
+  const unsigned of_warp =
+      __reduce_add_sync(kAllLanes, static_cast<unsigned>(kOverload * beyond + 0.5f));
+  if (lane_id() == 0 && of_warp > 0) atomicAdd(&p.scalars().overload, of_warp);
 }
 
 // Grid (batch).

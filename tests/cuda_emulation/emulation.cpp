@@ -58,12 +58,24 @@ struct Group {  // a warp or the block, at most one operation at a time
   int barriers = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t size, room;
+};
+
+struct Copies {  // of a thread
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> closed;
+};
+
 struct Machine {  // a block
   std::unique_ptr<Fiber[]> fibers{new Fiber[kMaxThreads]};
   unsigned char* stacks = nullptr;
   std::vector<Group> warps;
   Group block;
   std::vector<uint64_t> shared;
+  std::vector<Copies> copies{kMaxThreads};
   void* place[5];  // where the scheduler goes on
   ucontext_t home;
   void* home_thread = nullptr;
@@ -204,6 +216,10 @@ uint64_t join(Group& group, Op op, uint64_t value, int site, int first, int coun
 void fiber_main() {
   acquire(current.between_blocks);
   current.body();
+  Copies& copies = machine->copies[machine->running];
+  if (!copies.open.empty() || !copies.closed.empty())
+    std::snprintf(current.error, sizeof current.error, "copies that nobody has waited for");
+  copies = Copies{};
   release(current.between_blocks);
   machine->fibers[machine->running].wait = Wait::kDone;
   ++machine->done;
@@ -424,6 +440,26 @@ void maybe_switch() {
 int64_t clock() {
   static int64_t now = 0;
   return ++now;
+}
+
+void copy_ahead(void* to, const void* from, size_t size, size_t room) {
+  std::memset(to, 0xff, room);
+  machine->copies[machine->running].open.push_back({to, from, size, room});
+}
+
+void close_copies() {
+  Copies& mine = machine->copies[machine->running];
+  mine.closed.emplace_back();
+  mine.closed.back().swap(mine.open);
+}
+
+void wait_for_copies(int left) {
+  std::vector<std::vector<Copy>>& closed = machine->copies[machine->running].closed;
+  for (; static_cast<int>(closed.size()) > left; closed.erase(closed.begin()))
+    for (const Copy& copy : closed.front()) {
+      std::memcpy(copy.to, copy.from, copy.size);
+      std::memset(static_cast<unsigned char*>(copy.to) + copy.size, 0, copy.room - copy.size);
+    }
 }
 
 unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(machine->shared.data()); }

@@ -72,6 +72,11 @@ void check_mask(unsigned mask);
 void maybe_switch();  // before an atomic: other threads may come first
 int64_t clock();      // rises by one with every call
 unsigned char* dynamic_shared();
+// Copies arrive as late as they may: when their thread waits for them. Until then NaN is in their
+// place, and who writes there or reads meanwhile races with the copy.
+void copy_ahead(void* to, const void* from, size_t size, size_t room);  // 0 beyond `size`
+void close_copies();
+void wait_for_copies(int left);
 
 template <class T>
 uint64_t to_bits(T x) {

@@ -21,7 +21,7 @@ COUNTERS = (
 ).split()
 MISTAKES = (
     "divergent_barrier missing_threads missing_lanes partial_mask shared_overrun "
-    "divergent_cluster missing_block late_word race cluster_race"
+    "divergent_cluster missing_block late_word race cluster_race missing_wait"
 ).split()
 
 

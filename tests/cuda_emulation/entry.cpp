@@ -61,6 +61,17 @@ void late_word() {
   if (blockIdx.y == 0) Team::all().tell(shared, static_cast<unsigned char>(1));
 }
 
+// Waits for fewer copies than there are.
+void missing_wait(int* out) {
+  CROC_DYNAMIC_SHARED(shared);
+  float* word = reinterpret_cast<float*>(shared) + threadIdx.x % 16;
+  const float number = 1.0f;
+  copy_ahead<4>(word, &number, true);
+  close_copies();
+  wait_for_copies(1);
+  out[threadIdx.x] = *word == 1.0f;
+}
+
 // The other blocks read what the first tells them without waiting for it.
 void cluster_race(int* out) {
   CROC_DYNAMIC_SHARED(shared);
@@ -212,7 +223,7 @@ extern "C" const char* run_mistake(int which, uint64_t seed, int* out) {
   const std::function<void()> mistakes[] = {
       divergent_barrier,  missing_threads,           missing_lanes, partial_mask,
       shared_overrun,     divergent_cluster,         missing_block, late_word,
-      [=] { race(out); }, [=] { cluster_race(out); }};
+      [=] { race(out); }, [=] { cluster_race(out); }, [=] { missing_wait(out); }};
   const int blocks = which == 5 || which == 6 || which == 7 || which == 9 ? 3 : 1;
   emulation::launch(mistakes[which], dim3(1, blocks), 128, 64, blocks);
   return emulation::error();
