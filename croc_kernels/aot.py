@@ -137,11 +137,15 @@ def over_barriers(sass: str) -> tuple[str, ...]:
     Triton gives the memory of a barrier that nobody waits for to whatever comes next. That is right
     only once the barrier is invalidated: a GPU that processes take turns on saves and restores
     barriers as such, and data there come back changed (H200, docs/attention.md). Addresses are
-    compared by their constants alone. Bytes are left out: by them Triton wakes warps, and their
-    addresses count from the first warp that may sleep.
+    compared by their constants alone; one that is invalidated anywhere counts as invalidated. Bytes
+    are left out: by them Triton wakes warps, and their addresses count from the first warp that may
+    sleep.
     """
-    made = re.findall(r"SYNCS\.EXCH\.64 URZ, \[[^\]]*\+0x([0-9a-f]+)\]", sass)
-    places = {int(place, 16) for place in made}
+    made, ended = (
+        {int(place, 16) for place in re.findall(rf"{name} \[[^\]]*\+0x([0-9a-f]+)\]", sass)}
+        for name in (r"SYNCS\.EXCH\.64 URZ,", r"SYNCS\.CCTL\.IV")
+    )
+    places = made - ended
     found = []
     for text, width, place in re.findall(
         r"\b((?:LDS|STS|ATOMS)((?:\.\w+)*) [^;]*?\[[^\]]*\+0x([0-9a-f]+)\][^;]*?)\s*;", sass

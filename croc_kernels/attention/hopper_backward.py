@@ -38,13 +38,6 @@ def _prepare_kernel(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     tile = program % tiles
     plane = program // tiles
-    if COUNTED and tile == 0:
-        # No more sections, and no more key heads, than heads.
-        planes = tl.num_programs(0) // tiles
-        tl.store(counts_ptr + 1 + plane, 0)
-        tl.store(counts_ptr + 1 + planes + plane, 0)
-        if plane == 0:
-            tl.store(counts_ptr, 0)
     batch, head = tl.cast(plane // HEADS, tl.int64), tl.cast(plane % HEADS, tl.int64)
     first = tl.cast(tile * BLOCK_M, tl.int64)
     offs, cols = tl.arange(0, BLOCK_M), tl.arange(0, D)
@@ -69,6 +62,13 @@ def _prepare_kernel(
     if ZEROED == 0 or plane < ZEROED:
         sums = tl.cast(program, tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
         tl.store(dq_ptr + sums, tl.zeros([BLOCK_M * D], tl.float32))
+    if COUNTED and tile == 0:
+        # No more sections, and no more key heads, than heads.
+        planes = tl.num_programs(0) // tiles
+        tl.store(counts_ptr + 1 + plane, 0)
+        tl.store(counts_ptr + 1 + planes + plane, 0)
+        if plane == 0:
+            tl.store(counts_ptr, 0)
     if ORDERED:
         tl.store(counts_ptr + 1 + program, 0)
         if program == 0:
