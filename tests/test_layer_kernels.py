@@ -3,12 +3,12 @@
 test_token_cost_fresh.py runs this file with TRITON_INTERPRET=1.
 """
 
-import os
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_device import DEVICE, DTYPES, needs_kernels
 from torch import Tensor
 
 from croc_kernels import ops
@@ -17,15 +17,7 @@ from croc_kernels.layer.matching import draw_order, draw_seed, hash_places, sort
 from croc_kernels.layer.normalization import EPSILON, l2_normalize
 from croc_kernels.testing import assert_within_budget
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
-DTYPES = (torch.float16, torch.float32, torch.float64) + (torch.bfloat16,) * (DEVICE == "cuda")
-
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED,
-    reason="needs a CUDA device or TRITON_INTERPRET=1 (test_token_cost_fresh.py sets it)",
-)
+pytestmark = needs_kernels
 
 
 @pytest.mark.parametrize("rank", [0, 1, 7, 1000])

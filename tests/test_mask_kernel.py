@@ -5,24 +5,17 @@ values are carried from block to block.
 """
 
 import itertools
-import os
 import random
 
 import pytest
 import torch
+from kernel_device import DEVICE, INTERPRETED, needs_kernels
 
 from croc_kernels import ops
 from croc_kernels.attention import intervals
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
 KINDS = ("types", "spans", "prefix", "labels", "causal", "full")
-
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED,
-    reason="needs a CUDA device or TRITON_INTERPRET=1 (test_token_cost_fresh.py sets it)",
-)
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)

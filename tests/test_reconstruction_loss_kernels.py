@@ -4,10 +4,9 @@ test_token_cost_fresh.py runs this file with TRITON_INTERPRET=1, fp16, fp32 and 
 interpreter truncates to bf16 where the hardware rounds).
 """
 
-import os
-
 import pytest
 import torch
+from kernel_device import DEVICE, DTYPES, INTERPRETED, PAIRS, needs_kernels
 from torch import Tensor
 
 from croc_kernels import ops, reconstruction_loss
@@ -15,17 +14,7 @@ from croc_kernels.replacement import api, loss_kernel, loss_list
 from croc_kernels.replacement.config import LossConfig
 from croc_kernels.testing import assert_within_budget
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
-BF16 = (torch.bfloat16,) if DEVICE == "cuda" else ()
-DTYPES = (torch.float16, torch.float32, torch.float64, *BF16)
-PAIRS = [*((dtype, dtype) for dtype in DTYPES), ((*BF16, torch.float16)[0], torch.float32)]
-
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED,
-    reason="needs a CUDA device or TRITON_INTERPRET=1 (test_token_cost_fresh.py sets it)",
-)
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)

@@ -4,26 +4,18 @@ test_token_cost_fresh.py runs this file with TRITON_INTERPRET=1, fp16 and fp32 (
 wrong there). Tile edges, ragged steps and masks are the same code in both.
 """
 
-import os
-
 import pytest
 import torch
+from kernel_device import BF16, DEVICE, INTERPRETED, needs_kernels
 from torch import Tensor
 
 from croc_kernels import nearest_token, token_cost
 from croc_kernels.cost import config, kernel, prepass, reference
 from croc_kernels.testing import assert_within_budget
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
-DTYPES = (torch.float16, torch.float32) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+DTYPES = (torch.float16, torch.float32, *BF16)
 METRICS = ("l2", "l2sq", "cosine")
-
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED,
-    reason="needs a CUDA device or TRITON_INTERPRET=1 (test_token_cost_fresh.py sets it)",
-)
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)
