@@ -5,7 +5,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 ARCHS = (80, 90, 100)
 
@@ -62,10 +61,10 @@ class CompileReport:
 
 
 def compile(case: CompileCase, arch: int) -> CompileReport:
-    """Compile ``case`` for compute capability ``arch`` (90 for 9.0) and read the report of ptxas.
+    """Compile ``case`` for compute capability ``arch`` (90 for 9.0) and read the code that is run.
 
     Raises:
-        RuntimeError: ptxas does not report on the kernel.
+        RuntimeError: cuobjdump does not report on the kernel.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -79,9 +78,9 @@ def compile(case: CompileCase, arch: int) -> CompileReport:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     ptx = compiled.asm["ptx"]
-    registers, spills, sass = _assemble(ptx, arch)
+    registers, sass = _disassemble(compiled.asm["cubin"])
     return CompileReport(
-        case.name, arch, registers, spills, compiled.metadata.shared,
+        case.name, arch, registers, spilled(sass), compiled.metadata.shared,
         has_wgmma="wgmma.mma_async" in ptx,
         has_mma=re.search(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx) is not None,
         tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
@@ -89,25 +88,31 @@ def compile(case: CompileCase, arch: int) -> CompileReport:
     )  # fmt: skip
 
 
-def _assemble(ptx: str, arch: int) -> tuple[int, int, str]:
-    """Registers per thread, bytes of spill stores plus loads as ptxas reports them, SASS."""
+def _disassemble(cubin: bytes) -> tuple[int, str]:
+    """Registers per thread, SASS."""
     from triton import knobs
-    from triton.backends.nvidia.compiler import get_ptxas
 
-    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE).group(1)
-    with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={target}", source, "-o", cubin]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        command = [knobs.nvidia.nvdisasm.path, "-c", cubin]
-        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers = re.search(r"Used (\d+) registers", log)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    if registers is None or spills is None:
-        raise RuntimeError(f"aot.compile: ptxas must report registers and spills, got {log!r}")
-    spilled = int(spills.group(1)) + int(spills.group(2))
-    return int(registers.group(1)), spilled, sass
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
+            for command in (
+                (knobs.nvidia.cuobjdump.path, "--dump-resource-usage"),
+                (knobs.nvidia.nvdisasm.path, "-c"),
+            )
+        )
+    registers = re.search(r"\bREG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"aot.compile: cuobjdump must report registers, got {usage!r}")
+    return int(registers.group(1)), sass
+
+
+def spilled(sass: str) -> int:
+    """Bytes that instructions store to and load from local memory, each counted once."""
+    widths = re.findall(r"\b(?:STL|LDL)((?:\.\w+)*) ", sass)
+    sizes = {"8": 1, "16": 2, "64": 8, "128": 16}
+    return sum(sizes.get("".join(re.findall(r"\d+", width)), 4) for width in widths)
 
 
 def unset_reads(sass: str) -> tuple[str, ...]:

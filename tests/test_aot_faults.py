@@ -27,6 +27,19 @@ def test_unset_reads_are_found():
     )  # fmt: skip
 
 
+def test_spilled_bytes_are_counted_by_width():
+    """Local memory alone, each instruction once."""
+    sass = """
+        /*0040*/                   STL.128 [R1+0x10], R4 ;
+        /*0050*/              @!P1 LDL.LU.64 R8, [R1] ;
+        /*0060*/                   LDL R9, [R1+0x8] ;
+        /*0070*/                   STL.U8 [R1], R2 ;
+        /*0080*/                   STS.128 [R1], R4 ;
+"""
+    assert aot.spilled(sass) == 16 + 8 + 4 + 1
+    assert aot.spilled(GOOD) == 0
+
+
 OVER = """
         /*0040*/                   SYNCS.EXCH.64 URZ, [UR6+0x34400], UR4 ;
         /*0050*/              @!P1 STS.128 [UR6+0x34400], R4 ;
