@@ -8,8 +8,8 @@ from . import backward, config, forward, hopper_aot, mask_aot
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _ALIGNED = [["tt.divisibility", 16]]
 
-# Accepted spills, in bytes; everything else must not spill. Triton 3.7.1 spills as much or less (560
-# at D = 256 on sm_90: measured, faster than tiles without spills); D = 128 there is for triton
+# Accepted spills, in bytes; everything else must not spill. Triton 3.7.1 spills as much or less
+# (560 at D = 256 on sm_90: measured, faster than tiles without spills); D = 128 there is for triton
 # 3.6.0. No kernel has run on sm_100.
 SPILLS = {
     ("mixed_attention_bwd-D160-bf16", 100): 64,
