@@ -12,7 +12,6 @@ _ALIGNED = [["tt.divisibility", 16]]
 # (560 at D = 256 on sm_90: measured, faster than tiles without spills); D = 128 there is for triton
 # 3.6.0. No kernel has run on sm_100.
 SPILLS = {
-    ("mixed_attention_bwd-D160-bf16", 100): 64,
     ("mixed_attention_bwd-D128-bf16-until", 90): 320,
     ("mixed_attention_bwd-D128-bf16-until", 100): 364,
     ("mixed_attention_fwd-D128-fp32", 100): 148,
