@@ -7,12 +7,14 @@ import pathlib
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 HERE = pathlib.Path(__file__).resolve().parent
 DEVICE_CODE = HERE.parent.parent / "csrc" / "assignment"
+EMULATION = ("threads", "launches")  # .cpp
 H100_SHARED = 227 * 1024  # bytes a block may have
 COUNTERS = (
     "anneal_steps rounds bids reverse_rounds reverse_bids forests forest_scans forest_steps "
@@ -53,18 +55,30 @@ _FLAGS = [
 ]
 
 
-def _compile(*arguments: str | pathlib.Path) -> None:
-    subprocess.run([compiler() or "g++", *_FLAGS, *map(str, arguments)], check=True)
+def _run_compiler(*arguments: str | pathlib.Path) -> None:
+    subprocess.run([compiler() or "g++", *map(str, arguments)], check=True)
+
+
+def _build(folder: pathlib.Path, sources: dict[str, list[str]], target: str, *link: str) -> None:
+    """Compile ``sources``, each with flags of its own, beside each other; link them."""
+    objects = [folder / f"{source}.o" for source in sources]
+    with ThreadPoolExecutor() as pool:
+        for done in [
+            pool.submit(_run_compiler, *_FLAGS, *flags, "-c", HERE / f"{source}.cpp", "-o", out)
+            for (source, flags), out in zip(sources.items(), objects, strict=True)
+        ]:
+            done.result()
+    _run_compiler(*link, "-pthread", *objects, "-o", folder / target)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """The emulated solver, compiled once per process."""
-    out = pathlib.Path(tempfile.mkdtemp(prefix="croc-emulation-")) / "libemulation.so"
-    strict = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
-    _compile(*strict, HERE / "emulation.cpp", HERE / "entry.cpp", "-o", out)
-    loaded = ctypes.CDLL(str(out))
-    shutil.rmtree(out.parent)
+    strict = ["-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-pthread"]
+    with tempfile.TemporaryDirectory(prefix="croc-emulation-") as folder:
+        sources = dict.fromkeys(("entry", *EMULATION), strict)
+        _build(pathlib.Path(folder), sources, "libemulation.so", "-shared")
+        loaded = ctypes.CDLL(f"{folder}/libemulation.so")
     loaded.emulate.restype = ctypes.c_char_p
     loaded.run_mistake.restype = loaded.level_ends.restype = ctypes.c_char_p
     loaded.offers.restype = ctypes.c_char_p
@@ -183,16 +197,11 @@ def racecheck(folder: pathlib.Path, mistake: str = "") -> subprocess.CompletedPr
     """
     program = folder / "racecheck"
     if not program.exists():
-        # The scheduler itself must stay invisible to the sanitizer.
-        for source, flags in (
-            ("emulation", ["-DCROC_RACECHECK"]),
-            ("racecheck", []),
-            ("entry", ["-fsanitize=thread"]),
-        ):
-            target = folder / f"{source}.o"
-            _compile("-O1", "-g", *flags, "-c", HERE / f"{source}.cpp", "-o", target)
-        objects = [folder / f"{name}.o" for name in ("emulation", "racecheck", "entry")]
-        _compile("-fsanitize=thread", "-pthread", *objects, "-o", program)
+        flags = ["-O1", "-g"]
+        # The emulation itself must stay invisible to the sanitizer.
+        sources = {"entry": [*flags, "-fsanitize=thread"], "racecheck": flags}
+        sources |= {source: [*flags, "-DCROC_RACECHECK"] for source in EMULATION}
+        _build(folder, sources, program.name, "-fsanitize=thread")
     # The sanitizer's fixed addresses collide with random ones on newer kernels.
     fixed = [setarch, "-R"] if (setarch := shutil.which("setarch")) else []
     which = [str(MISTAKES.index(mistake))] if mistake else []
