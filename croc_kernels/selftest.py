@@ -1,6 +1,7 @@
 """``croc-kernels selftest``: every operator against its reference, in the installed package."""
 
 import argparse
+import sys
 from collections.abc import Callable
 
 import torch
@@ -21,7 +22,11 @@ from .testing import assert_within_budget, clustered_tokens, max_error
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``--device``."""
-    parser.add_argument("--device", help="cpu or cuda; default: the CPU, and CUDA if it is there")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="default: the CPU, and CUDA if it is there",
+    )
 
 
 def working_dtype(device: torch.device) -> torch.dtype:
@@ -175,7 +180,14 @@ def run_checks(devices: list[torch.device]) -> list[tuple[str, str, str]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per operator and device; 1 if a check failed."""
+    """Print one line per operator and device; 1 if a check failed, 2 without the device."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "croc-kernels selftest: --device must be a device of this machine, got cuda; "
+            "torch.cuda.is_available() is False",
+            file=sys.stderr,
+        )
+        return 2
     names = [args.device] if args.device else ["cpu", *["cuda"] * torch.cuda.is_available()]
     outcomes = run_checks([torch.device(name) for name in names])
     for name, device, message in outcomes:

@@ -105,6 +105,12 @@ def test_selftest_passes_on_the_gpu():
     assert cli.main(["selftest", "--device", "cuda"]) == 0
 
 
+def test_selftest_without_the_device_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(selftest.torch.cuda, "is_available", lambda: False)
+    assert cli.main(["selftest", "--device", "cuda"]) == 2
+    assert "--device must be a device of this machine, got cuda" in capsys.readouterr().err
+
+
 def test_selftest_fails_on_a_wrong_result(monkeypatch, capsys):
     right = selftest.token_cost
     monkeypatch.setattr(selftest, "token_cost", lambda t, p, **k: right(t, p, **k) + 1e-2 * (not k))

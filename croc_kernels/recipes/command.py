@@ -19,7 +19,6 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if a demo's losses did not fall; 2 if options or data are wrong, with a line on stderr.
     """
-    from .demo import run_demo
     from .pretrain import set_up, train
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
@@ -27,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         stage, training = resolve(vars(args))
         if stage.demo:
+            from .demo import run_demo
+
             return run_demo(stage, training)
         train(set_up(stage, training))
     except (OptionError, BadSampleError, FileExistsError, FileNotFoundError) as error:
