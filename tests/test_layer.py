@@ -367,6 +367,9 @@ def test_recipe_refuses_an_unknown_part() -> None:
         (torch.zeros(4, C), (3,), ValueError, r"at least 0 and add up to S = 4, got \(3,\)"),
         (torch.zeros(4, C), (5, -1), ValueError, r"at least 0 and add up to S = 4, got \(5, -1\)"),
         (torch.zeros(4, C), torch.tensor([4]), TypeError, "lengths must be a sequence of host"),
+        (torch.zeros(4, C), [*torch.tensor([4])], TypeError, "integers, got one with Tensor"),
+        (torch.zeros(4, C), (4.0,), TypeError, "integers, got one with float"),
+        (torch.zeros(4, C), 4, TypeError, "a sequence of host integers, got int"),
         ([1.0], (1,), TypeError, "features must be a torch.Tensor, got list"),
     ],
 )
@@ -393,6 +396,34 @@ def test_layer_loss_refuses_other_tokens() -> None:
         ValueError, match=r"loss: hidden must be \(S, C\) = \(6, 16\), got \(5, 16\)"
     ):
         layer.loss(torch.zeros(5, C), replacement)
+    hidden = torch.zeros(6, C)
+    with pytest.raises(TypeError, match="loss: visible must have dtype bool, got float32"):
+        layer.loss(hidden, replacement, visible=torch.ones(6))
+    with pytest.raises(ValueError, match=r"loss: visible must be \(S,\) = \(6,\), got \(5,\)"):
+        layer.loss(hidden, replacement, visible=torch.ones(5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("recipe", ["croc", "croc-released", "victor"])
+def test_layer_mask_refuses_bad_input(recipe: str) -> None:
+    layer, labels = ck.CrocLayer(C, M, recipe), torch.zeros(2, 7, dtype=torch.int64)
+    is_visual = torch.zeros(2, 8, dtype=torch.bool)
+    with pytest.raises(TypeError, match="mask: is_visual must have dtype bool, got int64"):
+        layer.mask(is_visual.long(), labels=labels)
+    with pytest.raises(ValueError, match=r"mask: is_visual must be \(B, L\), got \(8,\)"):
+        layer.mask(is_visual[0], labels=labels)
+    with pytest.raises(ValueError, match=r"labels must be \(B, L\) = \(2, 8\), got \(2, 7\)"):
+        layer.mask(is_visual, labels=labels)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"hidden_size": 16.0}, {"pool_size": "8"}, {"recipe": "croc-released", "num_positions": 4.0}],
+    ids=["hidden_size", "pool_size", "num_positions"],
+)
+def test_layer_refuses_sizes_that_are_no_integers(sizes: dict) -> None:
+    name, value = list(sizes.items())[-1]
+    with pytest.raises(TypeError, match=f"CrocLayer: {name} must be an integer, got {value!r}"):
+        ck.CrocLayer(**{"hidden_size": C, **sizes})
 
 
 def test_layer_mask_refuses_what_the_prefix_recipe_can_t_do() -> None:

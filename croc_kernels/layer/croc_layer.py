@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.mask import MixedMask
-from ..checks import check_choice, check_shape, check_tensor
+from ..checks import check_choice
 from ..replacement.api import reconstruction_loss, replace_tokens
+from .arguments import check_loss, check_mask, check_packed, check_size
 from .heads import INITIAL_STD, BertHead, linear_head
 from .matching import Matching, current_rank, keep_all, match_micro_batches
 from .normalization import l2_normalize
-from .packing import check_packed
 from .recipe_config import Recipe, get_recipe, masked_count, ratio_terms
 
 POOL_INITS = ("randn", "unit")
@@ -23,8 +23,8 @@ class Replacement(NamedTuple):
     """What :meth:`CrocLayer.replace` made of a packed batch of images.
 
     Attributes:
-        embeddings: (S, C), normalised features with the matched pool rows in the masked tokens'
-            places.
+        embeddings: (S, C) in the features' dtype: the features normalised, with the matched pool
+            rows in the masked tokens' places.
         target: (S, C), the normalised features, detached: what the head shall reconstruct.
         masked: (S,) bool.
         pool_index: (S,) int64, -1 where the token is kept.
@@ -90,6 +90,7 @@ class CrocLayer(nn.Module):
             share images (tensor or sequence parallelism) must set it to their data-parallel rank.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: an argument is out of range, or the recipe is unknown.
 
     Source: Croc, arXiv 2410.14332; deepglint/Croc; deepglint/Victor.
@@ -113,9 +114,8 @@ class CrocLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("pool_size", pool_size)):
-            if value < 1:
-                raise ValueError(f"CrocLayer: {name} must be at least 1, got {value}")
+        check_size("hidden_size", hidden_size)
+        check_size("pool_size", pool_size)
         if not 0.0 <= mask_ratio <= 1.0:
             raise ValueError(f"CrocLayer: mask_ratio must be in [0, 1], got {mask_ratio}")
         if not beta >= 0.0:
@@ -137,6 +137,7 @@ class CrocLayer(nn.Module):
         self.pool = nn.Parameter(torch.empty(pool_size, hidden_size, **factory))
         if self.recipe.head == "bert":
             positions = 576 if num_positions is None else num_positions
+            check_size("num_positions", positions)
             self.head = BertHead(hidden_size, positions, num_heads, **factory)
         else:
             self.head = linear_head(hidden_size, **factory)
@@ -209,7 +210,7 @@ class CrocLayer(nn.Module):
             image unmasked and shows in ``status``; with nearest-row matching, the token alone.
 
         Raises:
-            TypeError: features are not floating, or lengths are a tensor.
+            TypeError: features are not floating, or lengths are no host integers.
             ValueError: shapes disagree, or an image has more masked tokens than the pool has rows.
         """
         lengths = check_packed("CrocLayer.replace", features, lengths, self.hidden_size)
@@ -276,7 +277,7 @@ class CrocLayer(nn.Module):
 
         Args:
             hidden: (S, C) last hidden states of the LLM at the visual positions, in the order of
-                the features.
+                the features; in the head's dtype, or under autocast.
             replacement: of these tokens.
             num_items: tokens to average over instead of this batch's :meth:`num_loss_tokens`: their
                 number over all micro-batches of an optimizer step, so that gradient accumulation
@@ -288,10 +289,10 @@ class CrocLayer(nn.Module):
             Scalar, float32 or wider. Without any token to average over it is :meth:`touch`.
 
         Raises:
-            ValueError: ``hidden`` has another shape than the replaced features.
+            TypeError: an argument is no tensor, or ``visible`` is not bool.
+            ValueError: ``hidden`` or ``visible`` has another shape than the replaced features.
         """
-        check_tensor("CrocLayer.loss", "hidden", hidden)
-        check_shape("CrocLayer.loss", "hidden", hidden, replacement.target.shape, "(S, C)")
+        check_loss(hidden, replacement.target, visible)
         masked_only = self.recipe.loss_over == "masked"
         if (replacement.num_masked if masked_only else hidden.shape[0]) == 0:
             return self.touch()
@@ -320,10 +321,15 @@ class CrocLayer(nn.Module):
             labels: (B, L), -100 where unsupervised. The prefix recipe can't do without.
             document_ids: (B, L), where several documents are packed in one row.
 
+        Returns:
+            The mask of these B rows of L tokens, for :func:`croc_kernels.mixed_attention`.
+
         Raises:
-            ValueError: the recipe needs labels and got none, or its attention is not defined for
-                packed documents.
+            TypeError: a dtype is wrong.
+            ValueError: shapes disagree, the recipe needs labels and got none, or its attention is
+                not defined for packed documents.
         """
+        check_mask(is_visual, labels)
         common = {"attention_mask": attention_mask}
         if self.recipe.attention == "visual":
             return MixedMask.from_token_types(is_visual, document_ids=document_ids, **common)

@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FLOATS, check_dtype, check_rank, check_tensor
-
 
 class Padding(NamedTuple):
     """Where token j of image b lies in the packed tensor.
@@ -79,27 +77,3 @@ def scatter_back(
         index = torch.where(valid, index, size)
     result = torch.full((size + 1,), fill, dtype=values.dtype, device=values.device)
     return result.scatter_(0, index.reshape(-1), values.reshape(-1))[:size]
-
-
-def check_packed(
-    function: str, features: Tensor, lengths: Sequence[int], width: int
-) -> tuple[int, ...]:
-    """Check packed (S, C) features and their images' lengths; return the lengths as a tuple."""
-    check_tensor(function, "features", features)
-    check_dtype(function, "features", features, FLOATS)
-    check_rank(function, "features", features, "(S, C)", (2,))
-    if features.shape[1] != width:
-        raise ValueError(
-            f"{function}: features must be (S, C) with C = {width}, got {tuple(features.shape)}"
-        )
-    if isinstance(lengths, Tensor):
-        raise TypeError(
-            f"{function}: lengths must be a sequence of host integers, got torch.Tensor"
-        )
-    lengths = tuple(lengths)
-    if sum(lengths) != features.shape[0] or any(length < 0 for length in lengths):
-        raise ValueError(
-            f"{function}: lengths must be at least 0 and add up to S = {features.shape[0]}, "
-            f"got {lengths}"
-        )
-    return lengths
