@@ -164,14 +164,18 @@ def _image_features(model: nn.Module, images: Any, extra: tuple) -> tuple[Tensor
         images = torch.cat(images)
     inner = model.get_model()
     features = model.get_vision_tower()(images, *extra)
-    if isinstance(features, Tensor):
-        features = list(features)
     lengths = [feature.shape[0] for feature in features]
-    packed = inner.mm_projector(torch.cat(features))
+    packed = features.flatten(0, 1) if isinstance(features, Tensor) else torch.cat(features)
+    packed = inner.mm_projector(packed)
     if tiles is not None and len(lengths) == sum(tiles):
         ends = [sum(tiles[: i + 1]) for i in range(len(tiles))]
         lengths = [sum(lengths[e - n : e]) for e, n in zip(ends, tiles, strict=True)]
     return packed, lengths
+
+
+def _active(model: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether this call masks: ViCToR's code may say that it is not in its stage."""
+    return model.training and options.get("victor_stage", True)
 
 
 def _splice(
@@ -184,8 +188,9 @@ def _splice(
     *,
     active: bool,
 ) -> SplicedBatch:
-    """Encode, replace and splice; the stage keeps what the loss needs."""
+    """Encode, replace and splice; the stage keeps what the loss needs, of this batch alone."""
     stage, layer = getattr(model, _STATE), model.croc
+    stage.forget()
     kinds = options.get("modalities") or ["image"]
     if any(kind != "image" for kind in ([kinds] if isinstance(kinds, str) else kinds)):
         raise ValueError(f"attach: modalities must all be 'image', got {kinds}")
@@ -259,8 +264,9 @@ def _prepare(
         return (*result, None, None, None) if extended else result
     if args and isinstance(args[0], (str, list)):  # ViCToR and LLaVA-NeXT put modalities first
         options["modalities"] = args[0]
-    active = model.training and options.get("victor_stage", True)
-    batch = _splice(model, input_ids, attention_mask, labels, images, options, active=active)
+    batch = _splice(
+        model, input_ids, attention_mask, labels, images, options, active=_active(model, options)
+    )
     result = (
         None,
         None if position_ids is None else batch.position_ids,
@@ -299,14 +305,15 @@ def _forward(
     options |= {"return_dict": True, stage.cache_name: cache}
     if inputs_embeds is None and images is not None and input_ids.shape[1] > 1:
         own = {name: value for name, value in own.items() if value is not None}
-        prepared = model.prepare_inputs_labels_for_multimodal(
-            input_ids, position_ids, attention_mask, cache, labels, images, **own
+        batch = _splice(
+            model, input_ids, attention_mask, labels, images, own, active=_active(model, own)
         )
-        batch, mask = stage.batch, stage.mask
+        mask, inputs_embeds, input_ids = stage.mask, batch.inputs_embeds, None
         attention_mask = batch.attention_mask if mask is None else pack_mask(mask)
-        inputs_embeds, labels, input_ids = batch.inputs_embeds, prepared[5], None
+        labels = None if labels is None else batch.labels
         # The released code leaves positions to the LM, which counts padding too.
-        position_ids = prepared[1] if stage.exact_parity else batch.position_ids
+        if position_ids is not None or not stage.exact_parity:
+            position_ids = batch.position_ids
     elif inputs_embeds is None or not stage.holds(inputs_embeds):
         stage.forget()
         if layer.recipe.attention == "prefix" and labels is not None and not stage.exact_parity:

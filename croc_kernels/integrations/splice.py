@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..layer.packing import all_equal, device_integers, starts_of
+
 IMAGE_TOKEN_INDEX = -200
 IGNORE_INDEX = -100
 
@@ -129,12 +131,9 @@ def _longest(
 
 def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
     """First packed row of every image, then the total: (I + 1,) int64, without a wait."""
-    if len(set(lengths)) <= 1:
-        return torch.arange(len(lengths) + 1, device=device) * (lengths[0] if lengths else 0)
-    table = torch.tensor([0, *lengths])
-    if device.type == "cuda":
-        table = table.pin_memory()
-    return table.to(device, non_blocking=True).cumsum(0)
+    if lengths and all_equal(lengths):
+        return torch.arange(len(lengths) + 1, device=device) * lengths[0]
+    return device_integers([*starts_of(lengths), sum(lengths)], device)
 
 
 def _check_images(images_needed: Tensor, images: int) -> None:
