@@ -1,11 +1,12 @@
 """Where the tests of the Triton kernels run: on a GPU, else interpreted in a process that
-test_token_cost_fresh.py starts with TRITON_INTERPRET=1; skipped in any other.
+test_token_cost_fresh.py starts with TRITON_INTERPRET=1; skipped in any other. And on what.
 """
 
 import os
 
 import pytest
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -18,3 +19,7 @@ needs_kernels = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED,
     reason="needs a CUDA device or TRITON_INTERPRET=1 (test_token_cost_fresh.py sets it)",
 )
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(dtype).to(DEVICE)

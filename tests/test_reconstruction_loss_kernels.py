@@ -1,12 +1,8 @@
-"""The Triton kernels of reconstruction_loss: on a GPU, else interpreted.
-
-test_token_cost_fresh.py runs this file with TRITON_INTERPRET=1, fp16, fp32 and fp64 (the
-interpreter truncates to bf16 where the hardware rounds).
-"""
+"""The Triton kernels of reconstruction_loss: see kernel_device.py."""
 
 import pytest
 import torch
-from kernel_device import DEVICE, DTYPES, INTERPRETED, PAIRS, needs_kernels
+from kernel_device import DEVICE, DTYPES, INTERPRETED, PAIRS, draw, needs_kernels
 from torch import Tensor
 
 from croc_kernels import ops, reconstruction_loss
@@ -23,10 +19,6 @@ def _large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(loss_kernel, "GRADIENT_ROWS", 16)
         monkeypatch.setattr(loss_kernel, "pick_loss", lambda _: LossConfig(1024, 4, 16, 1024, 2))
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).to(DEVICE)
 
 
 def loss_and_gradient(

@@ -1,12 +1,8 @@
-"""The Triton kernels of replace_tokens: on a GPU, else interpreted.
-
-test_token_cost_fresh.py runs this file with TRITON_INTERPRET=1, fp16, fp32 and fp64 (the
-interpreter truncates to bf16 where the hardware rounds).
-"""
+"""The Triton kernels of replace_tokens: see kernel_device.py."""
 
 import pytest
 import torch
-from kernel_device import DEVICE, INTERPRETED, PAIRS, needs_kernels
+from kernel_device import DEVICE, INTERPRETED, PAIRS, draw, needs_kernels
 from torch import Tensor
 
 from croc_kernels import ops, replace_tokens
@@ -22,10 +18,6 @@ def _large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         monkeypatch.setattr(kernel, "ROWS", 16)
         monkeypatch.setattr(kernel, "GRADIENT_ROWS", 16)
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).to(DEVICE)
 
 
 def selection(shape: tuple[int, ...], m: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ wrong there). Tile edges, ragged steps and masks are the same code in both.
 
 import pytest
 import torch
-from kernel_device import BF16, DEVICE, INTERPRETED, needs_kernels
+from kernel_device import BF16, DEVICE, INTERPRETED, draw, needs_kernels
 from torch import Tensor
 
 from croc_kernels import nearest_token, token_cost
@@ -23,10 +23,6 @@ def _large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter is paid by the program, not by the row.
     if INTERPRETED:
         monkeypatch.setattr(kernel, "PREPASS", {"BLOCK_R": 64, "BLOCK_K": 128})
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(dtype).to(DEVICE)
 
 
 def exact_cost(tokens: Tensor, pool: Tensor, metric: str = "l2", **options: Tensor) -> Tensor:
