@@ -52,19 +52,17 @@ class _Progress(ProgressCallback):
 class StageTrainer(Trainer):
     """Trainer of a model with an attached :class:`~croc_kernels.CrocLayer`.
 
+    Both losses are means over the tokens of the whole optimizer step, whatever its number of
+    micro-batches and ranks: the trainer counts the tokens of all of them beforehand.
+    ``caption_loss`` and ``reconstruction_loss`` (unweighted) are logged beside ``loss``.
+
+    To go on from a checkpoint, give a ``model`` that was loaded from it.
+
     Args:
         layer: the attached layer.
         report: gets a note per sample that was left out or cut.
         lr_of: parameter -> learning rate, for parameters that don't use ``args.learning_rate``.
         **kwargs: of Trainer. Batches come from :class:`~.data.Collator`.
-
-    Both losses are means over the tokens of the whole optimizer step, whatever its number of
-    micro-batches and
-    ranks: the trainer counts the tokens of all of them beforehand. ``caption_loss`` and
-        ``reconstruction_loss``
-    (unweighted) are logged beside ``loss``.
-
-    To go on from a checkpoint, give a ``model`` that was loaded from it.
 
     Raises:
         RuntimeError: the model takes no loss arguments, or several GPUs are driven by one process.
@@ -80,8 +78,7 @@ class StageTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.layer, self.report, self.lr_of = layer, report, lr_of or {}
-        # Both losses since the last log, on the device, and the number of optimizer steps they add
-        # up.
+        # Both losses since the last log, on the device, and how many optimizer steps they add up.
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._staged: Path | None = None
@@ -102,9 +99,6 @@ class StageTrainer(Trainer):
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(_Progress)
-
-    # --- both losses
-    # -------------------------------------------------------------------------------------------
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -165,9 +159,6 @@ class StageTrainer(Trainer):
             self._sums, self._steps = {}, 0
         super().log(logs, *args, **kwargs)
 
-    # --- parameters
-    # --------------------------------------------------------------------------------------------
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Trainer's optimizer, with the parameters of ``lr_of`` in groups of their own."""
         fresh = self.optimizer is None
@@ -180,9 +171,6 @@ class StageTrainer(Trainer):
                     group["params"] = [p for p in group["params"] if self.lr_of.get(p) != lr]
                     optimizer.add_param_group({**options, "params": chosen, "lr": lr})
         return optimizer
-
-    # --- checkpoints
-    # -------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staged) if self._staged else super()._get_output_dir(trial)
