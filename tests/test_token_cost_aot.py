@@ -49,3 +49,16 @@ def test_token_cost_on_hopper_sums_leave_the_tensor_core(nearest: bool, dense: b
     assert bool(re.search(r"cp\.async\.cg\.shared\.global.*0x10", ptx)) != dense
     assert "cp.async.ca.shared.global" not in ptx
     assert "cp.async.bulk.tensor" in ptx
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "gathered"])
+def test_token_cost_on_hopper_stores_four_costs_at_a_time(dense: bool) -> None:
+    case = aot.hopper_case("bf16", "l2", nearest=False, dense=dense)
+    source = GluonASTSource(case.fn, case.signature, case.constexprs, case.attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    # In each of two compiled copies of a group of 128 threads, which has half of the tile's rows.
+    tile = case.constexprs["BLOCK_M"] * case.constexprs["BLOCK_N"]
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == 2 * (tile // 2) // (128 * 4)
+    assert "st.global.v2.b32" not in ptx
+    assert "cp.async.bulk.tensor.5d" in ptx

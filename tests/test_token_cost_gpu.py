@@ -66,16 +66,17 @@ def squares(cost: Tensor, metric: str) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("metric", ["l2", "l2sq", "cosine"])
+@pytest.mark.parametrize("m", [301, 512])
 def test_token_cost_on_a_gpu_by_the_hopper_kernel(
-    metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    m: int, metric: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs compute capability 9.0")
-    # Ragged tiles both ways, tiles without a row, rows and a pool row that are bad, twins.
+    # Ragged tiles, one or both ways, tiles without a row, rows and a pool row that are bad, twins.
     picked = []
     monkeypatch.setattr(kernel, "pick_hopper", lambda *_: picked.append(1) or config.HOPPER)
     tokens = torch.randn(900, 384, device="cuda").to(dtype)
-    pool = torch.randn(301, 400, device="cuda").to(dtype)[:, 8:392]
+    pool = torch.randn(m, 400, device="cuda").to(dtype)[:, 8:392]
     tokens[0], pool[299], pool[300] = 0, pool[5], pool[5]
     tokens[7, 3] = pool[11, 0] = float("nan")
     tokens[1], tokens[2] = pool[5], pool[6]

@@ -69,28 +69,44 @@ def _prepass_case(dtype: str, metric: str, gathered: bool, token_norms: bool) ->
 
 
 def hopper_case(
-    dtype: str, metric: str, nearest: bool, dense: bool, *, picked: HopperCostConfig | None = None
+    dtype: str,
+    metric: str,
+    nearest: bool,
+    dense: bool,
+    *,
+    even: bool = True,
+    picked: HopperCostConfig | None = None,
 ) -> CompileCase:
-    """The kernel for sm_90 as launched, with gathered and counted rows if not ``dense``."""
-    from . import hopper
+    """The kernel for sm_90 as launched, with gathered and counted rows if not ``dense``, and with a
+    pool that fills no whole tiles if not ``even``.
+    """
+    from . import hopper, hopper_results
 
     picked = picked or pick_hopper(90, DTYPES[dtype], ROWS, POOL, DIM, aligned=True)
     pointers = [f"*{dtype}", "*i64", "*i32", f"*{dtype}", "*fp32", "*fp32", "*i32", "*fp32"]
     pointers[5] = "*i64" if nearest else "*fp32"
     missing = [1, 2] * dense + [7] * nearest
     pointers = ["constexpr" if i in missing else pointers[i] for i in range(8)]
-    constants = picked.constants(nearest) | {"METRIC": metric, "NEAREST": nearest, "EVEN": dense}
+    constants = picked.constants(nearest) | {"METRIC": metric, "NEAREST": nearest, "EVEN": even}
     constants |= {"DENSE": dense}
     rows = [f"tensordesc<{dtype}{[n, picked.block_k]},{NVMMASharedLayout(128, 16, rank=2)!r}>"
             for n in (picked.block_n // 2, picked.block_m)]  # fmt: skip
+    if even and not nearest:
+        box = hopper_results.spread_box(picked)
+        rows[0] = f"tensordesc<{dtype}{box},{hopper_results.SPREAD!r}>"
     signature = {
         "pool_desc": rows[0], "token_desc": rows[1] if dense else "constexpr",
         "pointers": tuple(pointers), "sizes": ("i32",) * 8,
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = {(2, i): _ALIGNED for i in range(8) if i not in missing}
-    attrs |= {(3, i): _ALIGNED for i in (0, 2, 3, 4, 6, 7)}
+    attrs |= {(3, i): _ALIGNED for i in (0, 2, 3, 4, 6, 7) + (1,) * even}
     constants |= {(2, i): None for i in missing} | ({} if dense else {"token_desc": None})
-    name = f"token_cost_hopper-{dtype}-{metric}" + "-nearest" * nearest + "-dense" * dense
+    name = (
+        f"token_cost_hopper-{dtype}-{metric}"
+        + "-nearest" * nearest
+        + "-dense" * dense
+        + "-odd" * (not even)
+    )
     return CompileCase(
         name, hopper._token_cost_hopper_kernel, signature, constants, attrs, 4, 1, True,
         HOPPER_SPILLS,
@@ -141,5 +157,6 @@ def compile_cases(arch: int) -> list[CompileCase]:
         for nearest in (False, True):
             cases += [hopper_case("bf16", "l2", nearest, dense) for dense in (False, True)]
             cases.append(hopper_case("fp16", "cosine", nearest, dense=False))
+            cases.append(hopper_case("bf16", "l2", nearest, dense=False, even=False))
         cases.append(_pool_norm_case())
     return [*cases, _start_case(), _reduce_case()]

@@ -33,9 +33,9 @@ from .hopper_norms import (
     nearest_norms,
     pool_norms,
 )
+from .hopper_results import best_columns, better, lower_keys, spread_pool, store_costs
 from .hopper_rows import row_state, tile_depth, tile_place
 
-_NO_INDEX = gl.constexpr(2**31 - 1)
 # Renamed between triton 3.6 and 3.9.
 _load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _load_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -81,106 +81,19 @@ def _copy_tiles(
                 mbarrier.wait(p_empty.index(slot), (half // POOL_SLOTS & 1) ^ 1)
                 mbarrier.expect(bar, half_n * BLOCK_K * 2)
                 first_n = tile_n * BLOCK_N + h * half_n
-                _load_box(descriptors[0], [first_n, k], bar, p_smem.index(slot))
+                if len(p_smem.shape) > 3:
+                    place = [first_n // 16, 0, 0, 0, k]
+                    _load_box(descriptors[0], place, bar, p_smem.index(slot))
+                else:
+                    _load_box(descriptors[0], [first_n, k], bar, p_smem.index(slot))
             step += 1
-
-
-@gluon.jit
-def _halves(acc, COLS: gl.constexpr):
-    """COLS columns and COLS more: little beside the products is in registers at a time."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-    low, high = acc.reshape([64, 2, COLS]).permute((0, 2, 1)).split()
-    low = gl.convert_layout(low, layout, assert_trivial=True)
-    return low, gl.convert_layout(high, layout, assert_trivial=True)
-
-
-@gluon.jit
-def _store_costs(
-    pointers, sizes, acc, row, x_norm, p_line, first_n, AT: gl.constexpr,
-    COLS: gl.constexpr, METRIC: gl.constexpr, EVEN: gl.constexpr,
-):  # fmt: skip
-    """Turn products of COLS columns, from column AT of the tile on, into costs and write them."""
-    if COLS > 32:
-        HALF: gl.constexpr = COLS // 2
-        low, high = _halves(acc, HALF)
-        _store_costs(pointers, sizes, low, row, x_norm, p_line, first_n, AT, HALF, METRIC, EVEN)
-        _store_costs(
-            pointers, sizes, high, row, x_norm, p_line, first_n, AT + HALF, HALF, METRIC, EVEN
-        )
-    else:
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-        row = gl.convert_layout(row, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-        x_norm = gl.convert_layout(x_norm, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-        rows, m = sizes[0], sizes[1]
-        col = first_n + AT + gl.arange(0, COLS, layout=gl.SliceLayout(0, LAYOUT))
-        p_norm = p_line.slice(AT, COLS).load(gl.SliceLayout(0, LAYOUT))
-        if METRIC == "cosine":
-            cost = 1.0 - acc * x_norm[:, None] * p_norm[None, :]
-        else:
-            cost = (x_norm[:, None] + p_norm[None, :]) - 2.0 * acc
-        # Not maximum(), which would turn the NaN of a bad input into a perfect match.
-        cost = gl.where(cost < 0.0, 0.0, cost)
-        if METRIC == "l2":
-            cost = gl.sqrt(cost)
-        cost = gl.where((x_norm < 0.0)[:, None], 0.0, cost)
-        places = pointers[5] + row.to(gl.int64)[:, None] * m + col[None, :]
-        mask = (row < rows)[:, None]
-        if not EVEN:
-            mask = mask & (col < m)[None, :]
-        gl.store(places, cost, mask=mask)
-
-
-@gluon.jit
-def _best(
-    acc, p_line, AT: gl.constexpr,
-    COLS: gl.constexpr, LAYOUT: gl.constexpr, METRIC: gl.constexpr,
-):  # fmt: skip
-    """Lowest score of each row and the lowest of the tile's columns that has it, from column AT on.
-
-    NaN never wins.
-    """
-    if COLS > 64:
-        low, high = _halves(acc, COLS // 2)
-        best, index = _best(low, p_line, AT, COLS // 2, LAYOUT, METRIC)
-        other, column = _best(high, p_line, AT + COLS // 2, COLS // 2, LAYOUT, METRIC)
-        return _better(best, index, other, column)
-    else:
-        layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
-        col = AT + gl.arange(0, COLS, layout=gl.SliceLayout(0, layout))
-        p_norm = p_line.slice(AT, COLS).load(gl.SliceLayout(0, layout))
-        # The token's own norm is the same for all columns, so it is left out.
-        score = -acc * p_norm[None, :] if METRIC == "cosine" else p_norm[None, :] - 2.0 * acc
-        # Of a number and NaN min() takes the number.
-        best = gl.min(score, axis=1)
-        index = gl.min(gl.where(score == best[:, None], col[None, :], _NO_INDEX), axis=1)
-        finite = best < float("inf")
-        best, index = gl.where(finite, best, float("inf")), gl.where(finite, index, _NO_INDEX)
-        best = gl.convert_layout(best, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-        return best, gl.convert_layout(index, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-
-
-@gluon.jit
-def _better(best, index, other, column):
-    """The better of two results, the first if they are equal: its columns are lower."""
-    later = other < best
-    return gl.where(later, other, best), gl.where(later, column, index)
-
-
-@gluon.jit
-def _lower_keys(pointers, sizes, best, index, row, first_n):
-    """Lower each row's key: the score, then the column."""
-    _, live, valid = row_state(row, pointers, sizes)
-    # Integers in the order of the floats; 0 is added so that -0 is 0.
-    bits = (best + 0.0).to(gl.int32, bitcast=True)
-    bits = gl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    key = (bits.to(gl.int64) << 32) | (first_n + index).to(gl.int64)
-    found = live & valid & (index != _NO_INDEX)
-    gl.atomic_min(pointers[5] + row, key, mask=found, sem="relaxed")
 
 
 @gluon.jit
 def _half_product(x, p, COLS: gl.constexpr, LAYOUT: gl.constexpr):
     """Product of this group's 64 rows with a slot of the pool, summed from zero."""
+    if len(p.shape) > 2:
+        p = p.reshape([COLS, x.shape[1]])
     part = gl.zeros([64, COLS], gl.float32, layout=LAYOUT)
     part = hopper.warpgroup_mma(x, p.permute((1, 0)), part, use_acc=False, is_async=True)
     return hopper.warpgroup_mma_wait(0, deps=[part])
@@ -230,16 +143,14 @@ def _multiply_tiles(
         first_n = tile_n * BLOCK_N
         mbarrier.wait(full, count & 1)
         if NEAREST:
-            best, index = _best(acc0, p_line, 0, half_n, layout, METRIC)
-            other, column = _best(acc1, p_line, half_n, half_n, layout, METRIC)
-            best, index = _better(best, index, other, column)
-            _lower_keys(pointers, sizes, best, index, row, first_n)
+            best, index = best_columns(acc0, p_line, 0, half_n, layout, METRIC)
+            other, column = best_columns(acc1, p_line, half_n, half_n, layout, METRIC)
+            best, index = better(best, index, other, column)
+            lower_keys(pointers, sizes, best, index, row, first_n)
         else:
             norms = x_line.slice(PART * half_m, half_m).load(gl.SliceLayout(1, layout))
-            _store_costs(
-                pointers, sizes, acc0, row, norms, p_line, first_n, 0, half_n, METRIC, EVEN
-            )
-            _store_costs(
+            store_costs(pointers, sizes, acc0, row, norms, p_line, first_n, 0, half_n, METRIC, EVEN)
+            store_costs(
                 pointers, sizes, acc1, row, norms, p_line, first_n, half_n, half_n, METRIC, EVEN
             )
         # All threads have read the norms and lowered their keys.
@@ -282,7 +193,8 @@ def _token_cost_hopper_kernel(
     shared: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     dtype: gl.constexpr = pool_desc.dtype
     x_smem = gl.allocate_shared_memory(dtype, [TOKEN_SLOTS, BLOCK_M, BLOCK_K], shared)
-    p_smem = gl.allocate_shared_memory(dtype, [POOL_SLOTS, BLOCK_N // 2, BLOCK_K], shared)
+    box: gl.constexpr = pool_desc.block_type.shape
+    p_smem = gl.allocate_shared_memory(dtype, [POOL_SLOTS] + box, pool_desc.layout)  # noqa: RUF005
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     x_full = gl.allocate_shared_memory(gl.int64, [TOKEN_SLOTS, 1], bars)
     x_empty = gl.allocate_shared_memory(gl.int64, [TOKEN_SLOTS, 1], bars)
@@ -382,17 +294,20 @@ def launch(
     """
     tokens, pool, out = operands[0], operands[3], operands[5]
     rows, m, dim, _, _, _, stride_n, stride_pm = sizes
-    box = [picked.block_n // 2, picked.block_k]
-    pool_desc = TensorDescriptor(pool, [m, dim], [stride_pm, 1], box, _LAYOUT)
+    nearest, even = out.dtype == torch.int64, m % picked.block_n == 0
+    if even and not nearest:
+        pool_desc = spread_pool(pool, picked)
+    else:
+        box = [picked.block_n // 2, picked.block_k]
+        pool_desc = TensorDescriptor(pool, [m, dim], [stride_pm, 1], box, _LAYOUT)
     token_desc = None
     if dense:
         box = [picked.block_m, picked.block_k]
         token_desc = TensorDescriptor(tokens, [rows, dim], [stride_n, 1], box, _LAYOUT)
-    nearest = out.dtype == torch.int64
     # Programs without a tile sum squares of the pool.
     programs = _multiprocessors(tokens.device.index)
     _token_cost_hopper_kernel[(programs,)](
         pool_desc, token_desc, operands, sizes,
-        METRIC=metric, DENSE=dense, EVEN=m % picked.block_n == 0, NEAREST=nearest, num_warps=4,
+        METRIC=metric, DENSE=dense, EVEN=even, NEAREST=nearest, num_warps=4,
         **picked.constants(nearest),
     )  # fmt: skip
