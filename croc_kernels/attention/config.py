@@ -60,7 +60,8 @@ class HopperForwardConfig:
     """Tiles of the warp-specialised forward kernel, and how many heads share a stretch of turns.
 
     ``dynamic``: programs draw their tiles from a counter. ``skip``: a warp group leaves out tiles
-    of keys that only the others' rows see. ``registers``: of a thread that multiplies.
+    of keys that only the others' rows see. ``registers``: of a thread that multiplies. ``keep_q``:
+    these hold the tile of queries, instead of reading it from shared memory for every product.
     """
 
     block_n: int
@@ -70,6 +71,7 @@ class HopperForwardConfig:
     dynamic: bool = False
     skip: bool = False
     registers: int = 232
+    keep_q: bool = False
 
     @property
     def block_m(self) -> int:
@@ -83,7 +85,8 @@ class HopperForwardConfig:
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
             "SECTION": self.section, "GROUPS": self.groups, "DYNAMIC": self.dynamic,
-            "SKIP": self.skip, "CONSUMER_REGISTERS": self.registers, "PRODUCER_REGISTERS": rest,
+            "SKIP": self.skip, "KEEP_Q": self.keep_q, "CONSUMER_REGISTERS": self.registers,
+            "PRODUCER_REGISTERS": rest,
         }  # fmt: skip
 
 
@@ -194,12 +197,15 @@ def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Backw
     return BackwardConfig(*_row(_BACKWARD[family(arch)], dim))
 
 
-# (block_n, stages, section, groups, dynamic, skip, registers) per head dimension: of short rows,
-# and from each of HOPPER_LONG rows on. Measured on H100 and H200, docs/attention.md, but for D = 64
-# below 3072.
+# (block_n, stages, section, groups, dynamic, skip, registers, keep_q) per head dimension: of short
+# rows, and from each of HOPPER_LONG rows on. Measured on H100 and H200, docs/attention.md, but for
+# D = 64 below 3072.
 HOPPER_FORWARD = {
     64: ((64, 4, 4, 2), (128, 3, 12, 2), (128, 3, 4, 3, True, False, 160)),
-    128: ((64, 4, 4, 2, False, True), (128, 2, 12, 2), (128, 2, 4, 2, True)),
+    128: (
+        (64, 4, 4, 2, False, True, 232, True), (128, 2, 12, 2, False, False, 232, True),
+        (128, 2, 4, 2, True, False, 232, True),
+    ),
     256: (
         (64, 2, 12, 2, False, False, 216), (64, 2, 16, 2, True, False, 216),
         (64, 2, 4, 2, True, False, 216),

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .config import LOG2_E, HopperForwardConfig, by_sample
 from .hopper import barrier, of_sample, tile_descriptor, tma_load, tma_store
+from .hopper_softmax import cut, lane_sums, rescale, weigh
 
 
 @gluon.jit
@@ -138,19 +139,6 @@ def _produce(
 
 
 @gluon.jit
-def _masked(scores, position, row_low, row_high):
-    seen = (position[None, :] >= row_low[:, None]) & (position[None, :] < row_high[:, None])
-    return gl.where(seen, scores, float("-inf"))
-
-
-@gluon.jit
-def _lane_sums(weights):
-    """(ROWS, 8) sums over the columns that one thread holds: no shuffles until the last tile."""
-    rows: gl.constexpr = weights.shape[0]
-    return gl.sum(weights.reshape([rows, weights.shape[1] // 8, 8]), 1)
-
-
-@gluon.jit
 def _leave(out, o_desc, o_tile, batch, head, row):
     """Store a tile of the output; one of 256 columns in two halves through the same place."""
     rows: gl.constexpr = out.shape[0]
@@ -169,7 +157,7 @@ def _leave(out, o_desc, o_tile, batch, head, row):
 def _consume(
     operands, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr, DYNAMIC: gl.constexpr,
-    SKIP: gl.constexpr, PART: gl.constexpr,
+    SKIP: gl.constexpr, KEEP_Q: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One warp group's share of the rows of every turn."""
     o_desc, lse_ptr, outer, bounds, tiles_smem, bars = operands
@@ -183,9 +171,9 @@ def _consume(
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     dtype: gl.constexpr = o_desc.dtype
-    q = q_smem.index(PART).reshape([ROWS, D])
+    q_tile = q_smem.index(PART).reshape([ROWS, D])
+    left: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     o_tile = o_smem.index(PART)
-    cols = gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     it = 0
     turn = 0
@@ -211,18 +199,21 @@ def _consume(
             last = gl.minimum(gl.maximum(first + BLOCK_N, gl.cdiv(high, BLOCK_N) * BLOCK_N), past)
 
         mbarrier.wait(q_full, turn & 1)
+        if KEEP_Q:
+            q = q_tile.load(left)
+            mbarrier.arrive(q_empty, count=1)
+        else:
+            q = q_tile
         slot = it % STAGES
         mbarrier.wait(k_full.index(slot), (it // STAGES) & 1)
         keys = k_smem.index(slot).reshape([BLOCK_N, D]).permute((1, 0))
         scores = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(slot), count=1)
-        scores = _masked(scores, first + cols, row_low, row_high)
-        top = gl.max(scores, 1) * outer
-        # A row that has seen nothing yet has no maximum: shift by 0, not by -inf.
-        shift = gl.where(top == float("-inf"), 0.0, top)
-        weights = gl.exp2(scores * outer - shift[:, None])
-        total = _lane_sums(weights)
+        scores = cut(scores, first, row_low, row_high, full_low, full_high)
+        nothing = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+        weights, _, top = weigh(scores, nothing, outer)
+        total = lane_sums(weights)
         p = gl.convert_layout(weights.to(dtype), p_layout)
         acc = gl.zeros([ROWS, D], gl.float32, o_layout)
         after = it + 1
@@ -240,24 +231,20 @@ def _consume(
             acc = warpgroup_mma(p, values, acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(k_empty.index(slot), count=1)
-            if (n < full_low) | (n + BLOCK_N > full_high):
-                scores = _masked(scores, n + cols, row_low, row_high)
-            new_top = gl.maximum(top, gl.max(scores, 1) * outer)
-            shift = gl.where(new_top == float("-inf"), 0.0, new_top)
-            weights = gl.exp2(scores * outer - shift[:, None])
-            decay = gl.exp2(top - shift)
-            sums = _lane_sums(weights)
+            scores = cut(scores, n, row_low, row_high, full_low, full_high)
+            weights, decay, top = weigh(scores, top, outer)
+            sums = lane_sums(weights)
             lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))
             total = total * lane_decay[:, None] + sums
-            top = new_top
             after = it + 1
             more = n + BLOCK_N < last
             mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=more)
             acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
             mbarrier.arrive(v_empty.index(before), count=1)
-            acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+            acc = rescale(acc, gl.convert_layout(decay, o_rows))
             p = gl.convert_layout(weights.to(dtype), p_layout)
-        mbarrier.arrive(q_empty, count=1)
+        if not KEEP_Q:
+            mbarrier.arrive(q_empty, count=1)
         slot = it % STAGES
         mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
         acc = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, D]), acc, is_async=True)
@@ -288,7 +275,7 @@ def _mixed_attention_fwd_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, counter_ptr, start, end, outer, num_queries, items,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr,
-    DYNAMIC: gl.constexpr, SKIP: gl.constexpr,
+    DYNAMIC: gl.constexpr, SKIP: gl.constexpr, KEEP_Q: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, D) tiles of the output, ``items`` in all; grid = (multiprocessors,).
@@ -339,10 +326,12 @@ def _mixed_attention_fwd_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 0,
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
+                    KEEP_Q, 0,
                 )),
                 (_consume, (
-                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 1,
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
+                    KEEP_Q, 1,
                 )),
                 (_produce, (
                     produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC,
@@ -356,13 +345,16 @@ def _mixed_attention_fwd_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consume, (
-                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 0,
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
+                    KEEP_Q, 0,
                 )),
                 (_consume, (
-                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 1,
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
+                    KEEP_Q, 1,
                 )),
                 (_consume, (
-                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP, 2,
+                    consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
+                    KEEP_Q, 2,
                 )),
                 (_produce, (
                     produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC,
