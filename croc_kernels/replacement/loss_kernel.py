@@ -113,16 +113,15 @@ def _clear(gradient_ptr, row, skipped, dim, BLOCK_C: tl.constexpr):
 @triton.jit
 def _sum_losses(
     prediction_ptr, target_ptr, where_ptr, divisor_ptr, expected_ptr, gradient_ptr, list_ptr,
-    first, last, sizes, strides,
+    row, first, last, sizes, strides,
     BETA: tl.constexpr, ACC: tl.constexpr, BLOCK_C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Sum of the losses of the listed rows first to last, and their gradient where its scale is
-    expected. Each tile is on its way while the one before is used.
+    expected. Each tile is on its way while the one before is used. ``row``: what is listed first.
     """
     length, dim, columns = sizes[1], sizes[2], tl.cdiv(sizes[2], BLOCK_C)
     # Never negative; said aloud it saves 8 registers (triton 3.6), and so a program more fits in.
     steps = tl.maximum(last - first, 0) * columns
-    row = _listed(list_ptr, where_ptr, first, first < last)
     p = _tile(prediction_ptr, row, 0, length, dim, strides[0], strides[1], first < last, BLOCK_C)
     t = _tile(target_ptr, row, 0, length, dim, strides[2], strides[3], first < last, BLOCK_C)
     if OVERLAP:
@@ -165,28 +164,31 @@ def _loss_kernel(
     CLEAR_C: tl.constexpr, HEAD: tl.constexpr, CLEARING: tl.constexpr, BLOCK: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Loss and gradient of ROWS rows that count, or no gradient in ROWS that don't.
+    """Loss and gradient of ROWS rows that count, or no gradient in an equal share of the others.
 
-    sizes: rows, rows per image, components. grid = (programs,), at least one per ROWS rows of
-    either kind. The program that ends last adds up the partial sums, in float64 and in their order.
+    sizes: rows, rows per image, components. grid = (programs,), at least one per ROWS rows and one
+    more. The program that ends last adds up the partial sums, in float64 and in their order.
     """
     program, rows, dim = tl.program_id(0), sizes[0], sizes[2]
     count, skipped = rows, 0
     if where_ptr is not None:
         if gradient_ptr is not None:
             if program < CLEARING:
-                for first in range(program * ROWS, tl.minimum(rows, HEAD), CLEARING * ROWS):
-                    row = first + tl.arange(0, ROWS)
-                    inside = row < tl.minimum(rows, HEAD)
-                    _clear(gradient_ptr, row, inside & ~_chosen(where_ptr, row, rows), dim, CLEAR_C)
+                for at in range(program * ROWS, tl.minimum(rows, HEAD), CLEARING * ROWS):
+                    head = at + tl.arange(0, ROWS)
+                    skip = (head < HEAD) & (head < rows) & ~_chosen(where_ptr, head, rows)
+                    _clear(gradient_ptr, head, skip, dim, CLEAR_C)
         if OVERLAP:
             gdc_wait()
         count, skipped = tl.load(state_ptr + 1), tl.load(state_ptr + 2)
+    # Looked up beside the counts; wasted if the row is not one that counts.
+    first = program * ROWS
+    row = _listed(state_ptr + 3, where_ptr, first, first < rows)
     programs = tl.maximum(tl.cdiv(count, ROWS), 1)
     if program < programs:
         total = _sum_losses(
             prediction_ptr, target_ptr, where_ptr, divisor_ptr, expected_ptr, gradient_ptr,
-            state_ptr + 3, program * ROWS, tl.minimum(program * ROWS + ROWS, count), sizes, strides,
+            state_ptr + 3, row, first, tl.minimum(first + ROWS, count), sizes, strides,
             BETA, ACC, BLOCK_C, OVERLAP,
         )  # fmt: skip
         tl.store(partial_ptr + program, total)
@@ -202,11 +204,16 @@ def _loss_kernel(
                 )
                 loss += tl.sum(part.to(tl.float64), axis=0)
             tl.store(loss_ptr, (loss / tl.load(divisor_ptr)).to(loss_ptr.dtype.element_ty))
-    elif gradient_ptr is not None:
-        entry = skipped + (program - programs) * ROWS + tl.arange(0, ROWS)
-        valid = entry < rows - count
-        row = tl.load(state_ptr + 3 + rows - 1 - entry, mask=valid, other=0)
-        _clear(gradient_ptr, row, valid, dim, CLEAR_C)
+    elif (gradient_ptr is not None) and (where_ptr is not None):
+        # Not ROWS each: the head has been cleared, and the last programs would be left without a
+        # row, but launched and waited for.
+        left, others = (rows - count - skipped).to(tl.int64), tl.num_programs(0) - programs
+        share = program - programs
+        begin = skipped + (share * left // others).to(tl.int32)
+        end = skipped + ((share + 1) * left // others).to(tl.int32)
+        for entry in range(begin, end):
+            cleared = tl.load(state_ptr + 3 + rows - 1 - (entry + tl.arange(0, 1)))
+            _clear(gradient_ptr, cleared, cleared < rows, dim, 2 * CLEAR_C)
 
 
 @triton.jit
