@@ -3,12 +3,12 @@
 import copy
 import importlib.util
 import multiprocessing
-import os
 from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import RANKS, join_zero3, run_ranks
 from test_layer import C, M, features_of
 from test_layer_module import LENGTHS, RECIPES, _Model, run_stage
 from torch import Tensor, nn
@@ -110,18 +110,11 @@ def _zero3_batch(rank: int, step: int) -> tuple[Tensor, tuple[int, ...]]:
     return features_of(lengths, 10 * rank + step), lengths
 
 
-def _zero3_rank(rank: int, ranks: int, recipe: str, store: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-        "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-    }  # fmt: skip
+def _zero3_rank(rank: int, recipe: str, store: Path) -> None:
+    torch.set_num_threads(1)
+    join_zero3(rank, store)
     import deepspeed
 
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
-    )
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     torch.manual_seed(0)
     model = _Model(recipe).eval()
     # With every token masked there is nothing left to draw: one process can be the reference.
@@ -138,9 +131,9 @@ def _zero3_rank(rank: int, ranks: int, recipe: str, store: Path) -> None:
     optimizer = torch.optim.SGD(plain.parameters(), RATE)
     assert model.croc.pool.numel() == 0
     for step in range(STEPS + 1):
-        losses = [plain(*_zero3_batch(other, step)) for other in range(ranks)]
+        losses = [plain(*_zero3_batch(other, step)) for other in range(RANKS)]
         optimizer.zero_grad()
-        (sum(losses) / ranks).backward()
+        (sum(losses) / RANKS).backward()
         optimizer.step()
         loss = engine(*_zero3_batch(rank, step))
         assert abs(loss.item() - losses[rank].item()) <= 1e-6, (step, loss, losses)
@@ -155,11 +148,4 @@ def _zero3_rank(rank: int, ranks: int, recipe: str, store: Path) -> None:
 )
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_layer_under_zero3_of_deepspeed(recipe: str, tmp_path: Path) -> None:
-    arguments = ((rank, 2, recipe, tmp_path / "store") for rank in (0, 1))
-    ranks = [CONTEXT.Process(target=_zero3_rank, args=a) for a in arguments]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(150)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    run_ranks(CONTEXT, _zero3_rank, recipe, tmp_path / "store")

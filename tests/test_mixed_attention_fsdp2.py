@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import RANKS, run_ranks
 from torch import Tensor, nn
 
 from croc_kernels.attention.api import mixed_attention
 from croc_kernels.attention.mask import MixedMask
 
 CONTEXT = multiprocessing.get_context("forkserver")
-RANKS, HEADS, DIM = 2, 4, 64
+HEADS, DIM = 4, 64
 
 
 class Block(nn.Module):
@@ -89,14 +90,7 @@ def run_rank(rank: int, store: Path) -> None:
 
 
 def test_mixed_attention_under_fsdp2(tmp_path: Path) -> None:
-    arguments = [(rank, tmp_path / "store") for rank in range(RANKS)]
-    processes = [CONTEXT.Process(target=run_rank, args=a) for a in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0] * RANKS
+    run_ranks(CONTEXT, run_rank, tmp_path / "store")
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from recipe_case import Case, losses_of, records, run_case, write_case, write_records
 from transformers.trainer_callback import TrainerState
 
@@ -34,7 +35,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_rank(options: dict, rank: int, port: int) -> None:
+def run_rank(rank: int, options: dict, port: int) -> None:
     """What torchrun would start."""
     torch.set_num_threads(1)
     os.environ |= {
@@ -45,14 +46,7 @@ def run_rank(options: dict, rank: int, port: int) -> None:
 
 
 def run_two_ranks(options: dict) -> None:
-    port = free_port()
-    ranks = [CONTEXT.Process(target=run_rank, args=(options, rank, port)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(150)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    run_ranks(CONTEXT, run_rank, options, free_port())
 
 
 def losses_saved_in(output: Path) -> dict:

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers_zoo as zoo
+from ranks import RANKS, run_ranks
 from transformers_stage import RECIPES, attached, cases
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers_stage"])
-RANKS = 2
-
-
 OF_TEXT = ("input_ids", "attention_mask", "labels", "token_type_ids")
 
 
@@ -84,20 +82,10 @@ def run_rank(rank: int, name: str, recipe: str, everywhere: bool, store: Path) -
     torch.distributed.destroy_process_group()
 
 
-def run_two_ranks(*arguments: Any) -> None:
-    ranks = [CONTEXT.Process(target=run_rank, args=(rank, *arguments)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(100)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_sharded_ranks_have_the_gradients_of_one(recipe: str, tmp_path: Path) -> None:
     """A rank without an image must join every collective, or the other waits for ever."""
-    run_two_ranks("llava", recipe, False, tmp_path / "store")
+    run_ranks(CONTEXT, run_rank, "llava", recipe, False, tmp_path / "store")
 
 
 @pytest.mark.parametrize("case", cases("llava"))
@@ -105,4 +93,4 @@ def test_units_inside_the_vision_tower(case: zoo.Case, tmp_path: Path) -> None:
     """accelerate's default: there a rank without an image runs the tower on one of zeros."""
     if case.missing:
         pytest.skip(case.missing)
-    run_two_ranks(case.name, "croc", True, tmp_path / "store")
+    run_ranks(CONTEXT, run_rank, case.name, "croc", True, tmp_path / "store")

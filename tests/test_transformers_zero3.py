@@ -3,14 +3,14 @@
 import copy
 import importlib.util
 import multiprocessing
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers_zoo as zoo
-from test_transformers_fsdp2 import RANKS, batch_of_rank
+from ranks import RANKS, join_zero3, run_ranks
+from test_transformers_fsdp2 import batch_of_rank
 from transformers_stage import RECIPES, attached, cases
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -35,12 +35,6 @@ def initialize(model: torch.nn.Module) -> Any:
 
 
 def run_rank(rank: int, name: str, recipe: str, store: Path) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-        "DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0",
-    }  # fmt: skip
-    import deepspeed
-
     torch.set_num_threads(1)
     case = zoo.CASES[name]
     # With every token masked there is nothing left to draw: ranks may be compared.
@@ -59,10 +53,7 @@ def run_rank(rank: int, name: str, recipe: str, store: Path) -> None:
         (sum(losses) / RANKS).backward()
         optimizer.step()
         expected.append(losses[rank].item())
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS
-    )
-    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    join_zero3(rank, store)
     engine = initialize(model)
     assert model.croc.pool.numel() == 0
     for step in range(STEPS):
@@ -73,23 +64,13 @@ def run_rank(rank: int, name: str, recipe: str, store: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def run_two_ranks(*arguments: Any) -> None:
-    ranks = [CONTEXT.Process(target=run_rank, args=(rank, *arguments)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(150)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0] * RANKS
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_under_zero3(recipe: str, tmp_path: Path) -> None:
-    run_two_ranks("llava", recipe, tmp_path / "store")
+    run_ranks(CONTEXT, run_rank, "llava", recipe, tmp_path / "store")
 
 
 @pytest.mark.parametrize("case", cases("gemma3"))
 def test_families_under_zero3(case: zoo.Case, tmp_path: Path) -> None:
     if case.missing:
         pytest.skip(case.missing)
-    run_two_ranks(case.name, "croc", tmp_path / "store")
+    run_ranks(CONTEXT, run_rank, case.name, "croc", tmp_path / "store")
