@@ -4,7 +4,7 @@ Both sides start from the same weights and see the same masks: the drawn mask is
 data, nothing else is.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -17,18 +17,10 @@ from torch import Tensor
 import croc_kernels as ck
 from croc_kernels.integrations import transformers as croc
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = ("croc", "croc-released", "victor")
 STEPS = 20
 VOCABULARY, VISION, HIDDEN, HEADS, KEY_HEADS, LAYERS, POOL = 20, 12, 32, 4, 2, 2, 24
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def plain_names(layer: ck.CrocLayer) -> dict[str, Tensor]:

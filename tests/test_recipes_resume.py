@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from croc_kernels.recipes import checkpoints
 from croc_kernels.recipes.checkpoints import clean, find_resume, publish, remove, rotate
 from croc_kernels.recipes.trainer import StageTrainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 10
 # Importing torch and transformers takes longer than these runs: one server does it for all.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -28,14 +28,6 @@ CONTEXT.set_forkserver_preload(["croc_kernels.recipes.pretrain"])
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return write_case(tmp_path_factory.mktemp("case"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def options_of(case: Case, output: Path, **more) -> dict:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,21 +25,13 @@ from croc_kernels.recipes.options import OptionError
 from croc_kernels.recipes.pretrain import first_and_last
 from croc_kernels.recipes.records import BadSampleError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RECIPES = ("croc", "croc-released", "victor")
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return write_case(tmp_path_factory.mktemp("case"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads cost more than they bring on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Gradients(TrainerCallback):
