@@ -12,7 +12,8 @@ DOCS = TESTS.parent / "docs"
 PAGE = (DOCS / "integrations.md").read_text()
 CASES = {
     "Llava": ["llava"], "LLaVA-NeXT": ["llava_next"], "LLaVA-OneVision": ["llava_onevision"],
-    "InternVL": ["internvl"], "Qwen2.5-VL": ["qwen2_5_vl"], "Qwen3-VL": ["qwen3_vl"],
+    "InternVL": ["internvl"], "Qwen2-VL": ["qwen2_vl"], "Qwen2.5-VL": ["qwen2_5_vl"],
+    "Qwen3-VL": ["qwen3_vl"], "Qwen3-VL-MoE": ["qwen3_vl_moe"],
     "Gemma 3": ["gemma3"], "Gemma 4": ["gemma4"], "PaliGemma 1": ["paligemma"],
     "PaliGemma 2": ["paligemma2"], "Llama": ["llama"], "Qwen2": ["qwen2"],
 }  # fmt: skip
@@ -63,7 +64,7 @@ def test_each_cell_has_a_test_of_its_model(model: str, test: str, cell: str) -> 
 
 
 def test_all_models_and_features_are_in_the_tables() -> None:
-    assert [len(rows) for _, rows in tables()] == [12, 10]
+    assert [len(rows) for _, rows in tables()] == [14, 12]
     assert {row[0] for _, rows in tables() for row in rows} == set(CASES)
 
 

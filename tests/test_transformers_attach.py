@@ -5,14 +5,14 @@ import torch
 import transformers
 import transformers_zoo as zoo
 from transformers_packed import packed
-from transformers_stage import RECIPES, Record, attached, cases, visible
+from transformers_stage import RECIPES, Record, attached, visible
 
 from croc_kernels.integrations.families import visual_positions
 from croc_kernels.integrations.recipe_mask import image_spans
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", zoo.cases())
 def test_every_family_trains(case, recipe):
     model = attached(case, recipe)
     inputs = zoo.batch(case, model, side="left", adjacent=not case.wrap)
@@ -26,7 +26,7 @@ def test_every_family_trains(case, recipe):
     assert any(p.grad is not None and p.grad.norm() > 0 for p in trained)
 
 
-@pytest.mark.parametrize("case", cases("llava", "qwen3_vl"))
+@pytest.mark.parametrize("case", zoo.cases("llava", "qwen3_vl"))
 def test_nothing_of_a_masked_image_leaks(case):
     """All tokens masked and all pool rows alike: the images can't matter any more."""
     model = attached(case, mask_ratio=1.0)
@@ -63,7 +63,7 @@ def test_newline_rows_are_left_out(name):
     assert torch.isfinite(out.loss)
 
 
-@pytest.mark.parametrize("case", cases("paligemma"))
+@pytest.mark.parametrize("case", zoo.cases("paligemma"))
 def test_language_model_sees_features_of_norm_one(case):
     """Whatever the family multiplies its inputs by: the pool and the features are on one scale."""
     model = attached(case).eval()
@@ -113,7 +113,7 @@ def by_loops(recipe, case, inputs, lengths, window):
 
 
 @pytest.mark.parametrize("recipe", ["croc", "croc-released"])
-@pytest.mark.parametrize("case", cases("gemma3"))
+@pytest.mark.parametrize("case", zoo.cases("gemma3"))
 def test_masks_of_full_and_sliding_layers(case, recipe):
     model = attached(case, recipe)
     # In InternVL tiles side by side are one image: there two images need something between them.
@@ -154,7 +154,7 @@ def test_image_spans_of_equal_and_ragged_lengths():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", cases("llava"))
+@pytest.mark.parametrize("case", zoo.cases("llava"))
 def test_packed_rows_equal_separate_rows(case, recipe):
     """With labels, which end the prefix of each document in croc-released."""
     model = attached(case, recipe).eval()

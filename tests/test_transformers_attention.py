@@ -24,19 +24,6 @@ def registered():
     croc.register()
 
 
-def cases(*fast):
-    """Parameters: the named models by default, the others behind the marker."""
-    return [
-        pytest.param(case, id=name, marks=() if name in fast else pytest.mark.slow)
-        for name, case in (zoo.CASES | zoo.TEXT_CASES).items()
-    ]
-
-
-def needs(case):
-    if case.missing:
-        pytest.skip(case.missing)
-
-
 def logits_and_gradients(model, inputs, implementation):
     model.set_attn_implementation(implementation)
     model.zero_grad()
@@ -47,9 +34,9 @@ def logits_and_gradients(model, inputs, implementation):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("case", cases(*FAST))
+@pytest.mark.parametrize("case", zoo.cases(*FAST, text=True))
 def test_logits_and_gradients_match_eager(case, side):
-    needs(case)
+    zoo.needs(case)
     model = case.model(attn_implementation="eager")
     inputs = zoo.batch(case, model, side=side)
     valid = inputs["attention_mask"].bool()
@@ -96,11 +83,23 @@ def test_text_models_match_eager(name, config, side):
     assert assert_attention_matches_eager(model, {"input_ids": ids, "attention_mask": mask}) < 1e-5
 
 
-@pytest.mark.parametrize("case", cases("qwen3_vl", "gemma3"))
+@pytest.mark.parametrize("case", zoo.cases("qwen3_vl", "gemma3", text=True))
 def test_assert_attention_matches_eager_on_every_model(case):
-    needs(case)
+    zoo.needs(case)
     model = case.model()
     assert assert_attention_matches_eager(model, zoo.batch(case, model)) < TOLERANCE
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name) for name, case in zoo.STAGELESS_CASES.items()]
+)
+def test_models_without_the_stage_match_eager(case, side):
+    zoo.needs(case)
+    model = case.model()
+    assert assert_attention_matches_eager(model, zoo.batch(case, model, side=side)) < TOLERANCE
+    with pytest.raises(TypeError, match=f"attach: model must be one of .*, got {case.model_class}"):
+        croc.attach(model)
 
 
 def test_assert_attention_matches_eager_tells_a_wrong_mask(monkeypatch):
@@ -162,12 +161,12 @@ def test_assert_attention_matches_eager_compares_something(monkeypatch):
 PALIGEMMA_JOINS = transformers.__version__.startswith("4.")
 
 
-@pytest.mark.parametrize("case", cases(*FAST))
+@pytest.mark.parametrize("case", zoo.cases(*FAST, text=True))
 def test_packed_rows_equal_separate_rows(case):
     """Also where stock attention does not: Gemma 3 and 4 from 5.23.0 on, where documents but the
     first lose their image block, and PaliGemma up to there, where all prefixes see each other.
     """
-    needs(case)
+    zoo.needs(case)
     model = case.model(attn_implementation="croc")
     joined, rows = packed(case, model)
     if PALIGEMMA_JOINS and case.name.startswith("paligemma"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers_zoo as zoo
 from ranks import RANKS, run_ranks
-from transformers_stage import RECIPES, attached, cases
+from transformers_stage import RECIPES, attached
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers_stage"])
@@ -88,9 +88,8 @@ def test_two_sharded_ranks_have_the_gradients_of_one(recipe: str, tmp_path: Path
     run_ranks(CONTEXT, run_rank, "llava", recipe, False, tmp_path / "store")
 
 
-@pytest.mark.parametrize("case", cases("llava"))
+@pytest.mark.parametrize("case", zoo.cases("llava"))
 def test_units_inside_the_vision_tower(case: zoo.Case, tmp_path: Path) -> None:
     """accelerate's default: there a rank without an image runs the tower on one of zeros."""
-    if case.missing:
-        pytest.skip(case.missing)
+    zoo.needs(case)
     run_ranks(CONTEXT, run_rank, case.name, "croc", True, tmp_path / "store")

@@ -101,8 +101,7 @@ def test_keys_and_values_of_different_sizes():
 def test_layers_with_heads_of_two_sizes():
     """Gemma 4 as it is published: larger heads in its full layers."""
     gemma4 = zoo.CASES["gemma4"]
-    if gemma4.missing:
-        pytest.skip(gemma4.missing)
+    zoo.needs(gemma4)
     config = zoo.gemma4_config(global_head_dim=24)
     torch.manual_seed(0)
     model = transformers.Gemma4ForConditionalGeneration(config)

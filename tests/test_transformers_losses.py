@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 import transformers_zoo as zoo
-from transformers_stage import RECIPES, Record, attached, cases
+from transformers_stage import RECIPES, Record, attached
 
 from croc_kernels.integrations.attention_interface import unpack_mask
 
@@ -224,7 +224,7 @@ def test_bf16_autocast_and_accelerate():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", cases("llava"))
+@pytest.mark.parametrize("case", zoo.cases("llava"))
 def test_generation_equals_recomputing_without_a_cache(case, recipe):
     model = attached(case, recipe).eval()
     prompt = zoo.prompts_only(zoo.batch(case, model))
@@ -247,7 +247,7 @@ def test_generation_equals_recomputing_without_a_cache(case, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", cases("llava"))
+@pytest.mark.parametrize("case", zoo.cases("llava"))
 def test_static_cache_generates_what_a_dynamic_one_does(case, recipe):
     model = attached(case, recipe).eval()
     prompt = zoo.prompts_only(zoo.batch(case, model)) | zoo.first_pixels(case, 2)

@@ -18,22 +18,10 @@ def registered():
     croc.register()
 
 
-def cases(*fast):
-    return [
-        pytest.param(case, id=name, marks=() if name in fast else pytest.mark.slow)
-        for name, case in (zoo.CASES | zoo.TEXT_CASES).items()
-    ]
-
-
-def needs(case):
-    if case.missing:
-        pytest.skip(case.missing)
-
-
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("case", cases("llava", "gemma3"))
+@pytest.mark.parametrize("case", zoo.cases("llava", "gemma3", text=True))
 def test_generation_matches_eager(case, cache):
-    needs(case)
+    zoo.needs(case)
     model = case.model(attn_implementation="eager")
     inputs = zoo.prompts_only(zoo.batch(case, model)) | zoo.first_pixels(case, 2)
     options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
@@ -43,7 +31,8 @@ def test_generation_matches_eager(case, cache):
         expected = model.generate(**inputs, **options)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         pytest.skip(f"eager itself fails with a {cache} cache: {error}")
-    if (case.name, cache) == ("qwen3_vl", "static") and transformers.__version__ < "5":
+    old = transformers.__version__ < "5"
+    if old and case.name.startswith("qwen3_vl") and cache == "static":
         pytest.skip("transformers 4.57 takes the diagonal of a prepared mask: dense ones only")
     model.set_attn_implementation("croc")
     assert torch.equal(model.generate(**inputs, **options), expected)
@@ -68,9 +57,9 @@ def gradients(model, inputs):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("case", cases("gemma3"))
+@pytest.mark.parametrize("case", zoo.cases("gemma3", text=True))
 def test_gradient_checkpointing_changes_nothing(case, reentrant):
-    needs(case)
+    zoo.needs(case)
     model = case.model(attn_implementation="croc").train()
     inputs = zoo.batch(case, model)
     plain = gradients(model, inputs)
@@ -91,10 +80,10 @@ def compiled_logits(model, inputs, implementation):
     return torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).logits
 
 
-@pytest.mark.parametrize("case", cases("llava"))
+@pytest.mark.parametrize("case", zoo.cases("llava", text=True))
 def test_fullgraph_compile(case):
     """As one graph, wherever stock attention can be compiled as one."""
-    needs(case)
+    zoo.needs(case)
     model = case.model(attn_implementation="croc")
     inputs = zoo.batch(case, model)
     plain = model(**inputs).logits
@@ -129,9 +118,9 @@ def test_one_graph_serves_many_lengths():
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("case", cases("gemma3"))
+@pytest.mark.parametrize("case", zoo.cases("gemma3", text=True))
 def test_bf16_autocast(case):
-    needs(case)
+    zoo.needs(case)
     model = case.model()
     inputs = zoo.batch(case, model)
     valid = inputs["attention_mask"].bool()
@@ -140,6 +129,11 @@ def test_bf16_autocast(case):
     errors = {}
     for implementation in ("eager", "croc"):
         model.set_attn_implementation(implementation)
-        with torch.autocast("cpu", torch.bfloat16):
-            errors[implementation] = (model(**inputs).logits[valid] - exact).abs().max()
+        try:
+            with torch.autocast("cpu", torch.bfloat16):
+                errors[implementation] = (model(**inputs).logits[valid] - exact).abs().max()
+        except RuntimeError as error:
+            if implementation != "eager":
+                raise
+            pytest.skip(f"eager itself fails under autocast: {error}")
     assert errors["croc"] <= 2 * errors["eager"]

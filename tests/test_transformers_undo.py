@@ -11,17 +11,16 @@ import torch
 import transformers
 import transformers_zoo as zoo
 from model_snapshot import snapshot
-from transformers_stage import RECIPES, attached, cases
+from transformers_stage import RECIPES, attached
 
 from croc_kernels import CrocLayer
 from croc_kernels.integrations import transformers as croc
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", cases("llava", "llava_next"))
+@pytest.mark.parametrize("case", zoo.cases("llava", "llava_next"))
 def test_detach_restores_the_instance(case, recipe):
-    if case.missing:
-        pytest.skip(case.missing)
+    zoo.needs(case)
     model = case.model()
     inputs = zoo.batch(case, model)
     expected = model(**inputs)
@@ -89,7 +88,7 @@ def test_signatures_stay():
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("case", cases("llava"))
+@pytest.mark.parametrize("case", zoo.cases("llava"))
 def test_save_and_load(case, recipe, tmp_path):
     model = attached(case, recipe, loss_weight=3.0).eval()
     inputs = zoo.batch(case, model)
@@ -150,7 +149,7 @@ def stock(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases())
+@pytest.mark.parametrize("case", zoo.cases())
 def test_export_needs_transformers_only(case, tmp_path, stock):
     model = attached(case, "victor").eval()
     inputs = zoo.batch(case, model)

@@ -11,7 +11,7 @@ import torch
 import transformers_zoo as zoo
 from ranks import RANKS, join_zero3, run_ranks
 from test_transformers_fsdp2 import batch_of_rank
-from transformers_stage import RECIPES, attached, cases
+from transformers_stage import RECIPES, attached
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["transformers_stage"])
@@ -69,8 +69,7 @@ def test_recipes_under_zero3(recipe: str, tmp_path: Path) -> None:
     run_ranks(CONTEXT, run_rank, "llava", recipe, tmp_path / "store")
 
 
-@pytest.mark.parametrize("case", cases("gemma3"))
+@pytest.mark.parametrize("case", zoo.cases("gemma3"))
 def test_families_under_zero3(case: zoo.Case, tmp_path: Path) -> None:
-    if case.missing:
-        pytest.skip(case.missing)
+    zoo.needs(case)
     run_ranks(CONTEXT, run_rank, case.name, "croc", tmp_path / "store")

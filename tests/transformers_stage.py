@@ -1,6 +1,5 @@
 """What the tests of attach share: an attached tiny model, a record of its seams, masks by loops."""
 
-import pytest
 import torch
 import transformers_zoo as zoo
 
@@ -10,16 +9,8 @@ from croc_kernels.integrations.attention_interface import unpack_mask
 RECIPES = ("croc", "croc-released", "victor")
 
 
-def cases(*fast):
-    return [
-        pytest.param(case, id=name, marks=() if name in fast else pytest.mark.slow)
-        for name, case in zoo.CASES.items()
-    ]
-
-
 def attached(case, recipe="croc", **options):
-    if case.missing:
-        pytest.skip(case.missing)
+    zoo.needs(case)
     model = case.model()
     if recipe == "croc-released":
         options.setdefault("num_heads", 2)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
@@ -113,25 +114,48 @@ def qwen_ids() -> dict[str, int]:
     }  # fmt: skip
 
 
+def qwen_text(**more: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    return text_options(rope_parameters=rope, rope_scaling=rope | {"type": "default"}, **more)
+
+
+def qwen2_vl_config() -> Any:
+    vision = qwen_vision(embed_dim=16, hidden_size=HIDDEN, mlp_ratio=2)
+    return transformers.Qwen2VLConfig(vision_config=vision, text_config=qwen_text(), **qwen_ids())
+
+
 def qwen2_5_vl_config() -> Any:
-    rope = {
-        "rope_type": "default",
-        "type": "default",
-        "mrope_section": [2, 1, 1],
-        "rope_theta": 1e4,
-    }
+    vision = qwen_vision(window_size=16, fullatt_block_indexes=[1])
     return transformers.Qwen2_5_VLConfig(
-        vision_config=qwen_vision(window_size=16, fullatt_block_indexes=[1]),
-        text_config=text_options(rope_parameters=rope, rope_scaling=rope), **qwen_ids(),
-    )  # fmt: skip
+        vision_config=vision, text_config=qwen_text(), **qwen_ids()
+    )
 
 
 def qwen3_vl_config() -> Any:
-    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    vision = qwen_vision(num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
     return transformers.Qwen3VLConfig(
-        vision_config=qwen_vision(num_position_embeddings=16, deepstack_visual_indexes=[0, 1]),
-        text_config=text_options(head_dim=8, rope_parameters=rope, rope_scaling=rope),
-        **qwen_ids(),
+        vision_config=vision, text_config=qwen_text(head_dim=8), **qwen_ids()
+    )
+
+
+def qwen3_vl_moe_config() -> Any:
+    vision = qwen_vision(num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+    text = qwen_text(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    return transformers.Qwen3VLMoeConfig(vision_config=vision, text_config=text, **qwen_ids())
+
+
+def smolvlm_config(kind: str = "SmolVLM") -> Any:
+    return getattr(transformers, f"{kind}Config")(
+        vision_config=vision_options(image_size=16), text_config=llama(), image_token_id=IMAGE,
+        scale_factor=2,
+    )  # fmt: skip
+
+
+def mistral3_config() -> Any:
+    return transformers.Mistral3Config(
+        vision_config=transformers.PixtralVisionConfig(**vision_options(image_size=16)),
+        text_config=transformers.MistralConfig(**text_options(head_dim=8)), image_token_index=IMAGE,
+        spatial_merge_size=2,
     )  # fmt: skip
 
 
@@ -238,8 +262,23 @@ def square(n: int) -> dict[str, Any]:
     return {"pixel_values": torch.randn(n, 3, 16, 16)}
 
 
+def single_tiles(n: int) -> dict[str, Any]:
+    return {"pixel_values": torch.randn(n, 1, 3, 16, 16)}
+
+
+def sized(n: int) -> dict[str, Any]:
+    return square(n) | {"image_sizes": torch.tensor([[16, 16]] * n)}
+
+
 def grids(n: int) -> dict[str, Any]:
     return patches([[[1, 4, 4], [1, 4, 8], [1, 8, 4]][i % 3] for i in range(n)])
+
+
+def qwen(name: str, config: Callable[[], Any], kind: str) -> Case:
+    model_class = f"{kind}ForConditionalGeneration"
+    return Case(
+        name, config, model_class, grids, "mm_token_type_ids", wrap=(VISION_START, VISION_END)
+    )
 
 
 CASES = {
@@ -254,22 +293,10 @@ CASES = {
             anyres,
         ),
         Case("internvl", internvl_config, "InternVLForConditionalGeneration", square),
-        Case(
-            "qwen2_5_vl",
-            qwen2_5_vl_config,
-            "Qwen2_5_VLForConditionalGeneration",
-            grids,
-            "mm_token_type_ids",
-            wrap=(VISION_START, VISION_END),
-        ),
-        Case(
-            "qwen3_vl",
-            qwen3_vl_config,
-            "Qwen3VLForConditionalGeneration",
-            grids,
-            "mm_token_type_ids",
-            wrap=(VISION_START, VISION_END),
-        ),
+        qwen("qwen2_vl", qwen2_vl_config, "Qwen2VL"),
+        qwen("qwen2_5_vl", qwen2_5_vl_config, "Qwen2_5_VL"),
+        qwen("qwen3_vl", qwen3_vl_config, "Qwen3VL"),
+        qwen("qwen3_vl_moe", qwen3_vl_moe_config, "Qwen3VLMoe"),
         Case("gemma3", gemma3_config, "Gemma3ForConditionalGeneration", square, "token_type_ids"),
         Case(
             "gemma4",
@@ -294,6 +321,21 @@ CASES = {
 }
 
 
+# Image models that attach() does not know: their attention alone.
+STAGELESS_CASES = {
+    case.name: case
+    for case in (
+        Case("smolvlm", smolvlm_config, "SmolVLMForConditionalGeneration", single_tiles),
+        Case(
+            "idefics3",
+            lambda: smolvlm_config("Idefics3"),
+            "Idefics3ForConditionalGeneration",
+            single_tiles,
+        ),
+        Case("mistral3", mistral3_config, "Mistral3ForConditionalGeneration", sized),
+    )
+}
+
 # Models of text alone: batch() gives them the same samples without images.
 TEXT_CASES = {
     "llama": Case("llama", llama, "LlamaForCausalLM", None),
@@ -301,15 +343,28 @@ TEXT_CASES = {
 }
 
 
+def cases(*fast: str, text: bool = False) -> list:
+    """Parameters of a test: all families, with ``text`` those of text alone too; those that are not
+    named are slow.
+    """
+    return [
+        pytest.param(case, id=name, marks=() if name in fast else pytest.mark.slow)
+        for name, case in (CASES | (TEXT_CASES if text else {})).items()
+    ]
+
+
+def needs(case: Case) -> None:
+    """Skip the test where the installed transformers has no such model."""
+    if case.missing:
+        pytest.skip(case.missing)
+
+
 def image_lengths(model: nn.Module, pixels: dict[str, Any]) -> list[int]:
     """Rows of each image as the plain model makes them."""
     inner = model.model
     given = dict(pixels)
-    if hasattr(model.config, "vision_feature_layer"):
-        given["vision_feature_layer"] = model.config.vision_feature_layer
-        given["vision_feature_select_strategy"] = model.config.vision_feature_select_strategy
-    if hasattr(model.config, "vision_aspect_ratio"):
-        given["vision_aspect_ratio"] = model.config.vision_aspect_ratio
+    options = ("vision_feature_layer", "vision_feature_select_strategy", "vision_aspect_ratio")
+    given |= {name: getattr(model.config, name) for name in options if hasattr(model.config, name)}
     with torch.no_grad():
         output = inner.get_image_features(**given)
     features = getattr(output, "pooler_output", output)
