@@ -146,3 +146,23 @@ def test_command_prints_errors_and_returns_two(tmp_path, capsys) -> None:
     assert capsys.readouterr().err == (
         "croc-kernels pretrain: error: pretrain: --model must be given, or --demo\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("data", "--data must be a file that exists, got "),
+        ("image_folder", "--image-folder must be a directory that exists, got "),
+        ("model", "--model must be a directory that transformers saved, or a name that it finds, "),
+    ],
+)
+def test_what_is_not_there_is_told_before_anything_is_loaded(
+    missing: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "data.json").write_text("[]")
+    paths = {"model": tmp_path, "data": tmp_path / "data.json", "image_folder": tmp_path}
+    paths[missing] = tmp_path / "nowhere"
+    options = {name: str(path) for name, path in paths.items()}
+    assert run(argparse.Namespace(**options, output=str(tmp_path / "run"), use_cpu=True)) == 2
+    assert f"pretrain: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -107,9 +107,15 @@ def load_model(stage: StageArguments, seed: int) -> tuple[PreTrainedModel, CrocL
     """The untrained model with its layer: as saved if it was saved with one, else a new one.
 
     Raises:
-        OptionError: the saved layer is of another recipe.
+        OptionError: there is no such model, or the saved layer is of another recipe.
     """
-    saved = getattr(AutoConfig.from_pretrained(stage.model), "croc", None)
+    try:
+        saved = getattr(AutoConfig.from_pretrained(stage.model), "croc", None)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            "pretrain: --model must be a directory that transformers saved, or a name that it "
+            f"finds, got {stage.model} ({str(error).splitlines()[0]})"
+        ) from None
     if saved is not None:
         if saved["recipe"] != stage.recipe:
             raise OptionError(
@@ -132,14 +138,24 @@ def load_model(stage: StageArguments, seed: int) -> tuple[PreTrainedModel, CrocL
     return model, layer
 
 
+def check_paths(stage: StageArguments) -> None:
+    """Refuse what is not there, before anything is loaded."""
+    for option, path, kind in (
+        ("data", Path(stage.data), "file"), ("image-folder", Path(stage.image_folder), "directory"),
+    ):  # fmt: skip
+        if not (path.is_file() if kind == "file" else path.is_dir()):
+            raise OptionError(f"pretrain: --{option} must be a {kind} that exists, got {path}")
+
+
 def set_up(stage: StageArguments, training: TrainingArguments) -> Stage:
     """Load model, processor and data, attach the layer, and make the trainer.
 
     Raises:
-        OptionError: the options don't fit the model.
+        OptionError: a path is wrong, or the options don't fit the model.
         BadSampleError: a record is malformed.
         FileExistsError: the output holds checkpoints and ``resume`` is off.
     """
+    check_paths(stage)
     output = Path(training.output_dir)
     if training.process_index == 0:
         clean(output)
