@@ -165,7 +165,9 @@ class Attachment:
             keep = families.visual_positions(~step.newlines.is_newline, sum(lengths))
         tokens = rows if keep is None else rows.index_select(0, keep)
         step.replacement = self.layer.replace(tokens, lengths, active=active)
-        tokens = step.replacement.embeddings.to(rows.dtype) / self.scale
+        tokens = step.replacement.embeddings.to(rows.dtype)
+        if self.scale != 1.0:
+            tokens = tokens / self.scale
         return tokens if keep is None else rows.index_copy(0, keep, tokens)
 
     def _normalize_packed(self, rows: Tensor, active: bool) -> Tensor:
