@@ -1,4 +1,6 @@
-"""The tables of docs/integrations.md: each test exists and runs for the model of its row."""
+"""The tables of docs/integrations.md: each test exists and runs for the model of its row. The files
+of results that pages name exist.
+"""
 
 import ast
 import importlib
@@ -87,3 +89,15 @@ def test_every_test_that_is_named_exists(page: str) -> None:
         assert file in defined, file
     for name in re.findall(r"`(test_\w+)`", text):
         assert any(name in names for names in defined.values()), name
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{path.name}" for path in DOCS.glob("*.md"))]
+)
+def test_every_file_of_results_that_is_named_exists(page: str) -> None:
+    results = DOCS.parent / "benchmarks" / "results"
+    there = {path.name for path in results.rglob("*")}
+    text = (DOCS.parent / page).read_text()
+    named = re.findall(r"\b(20\d\d-\d\d-\d\d[\w-]*\.(?:jsonl?|md))\b", text)
+    assert [name for name in named if name not in there] == []
+    assert named or page != "README.md"
