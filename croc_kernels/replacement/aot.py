@@ -76,7 +76,7 @@ def _loss_cases(dtype: str, target: str, selected: bool, arch: int) -> list[Comp
     picked = pick_loss(max(_BYTES[dtype], _BYTES[target]))
     forward = {"ACC": ACC, "ROWS": picked.rows, "HEAD": picked.head}
     forward |= {"BLOCK_C": column_block(DIM, picked.columns), "CLEAR_C": column_block(DIM)}
-    forward |= {"CLEARING": picked.clearing, "BLOCK": loss_kernel.REDUCE_BLOCK}
+    forward |= {"CLEARING": picked.clearing, "BLOCK": loss_kernel.reduce_block(arch >= 90)}
     backward = {"BLOCK_R": loss_kernel.GRADIENT_ROWS, "BLOCK_C": column_block(DIM)}
     scalars = dict.fromkeys(("divisor_ptr", "expected_ptr"), f"*{acc}")
     result = (

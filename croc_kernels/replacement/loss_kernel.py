@@ -204,16 +204,16 @@ def _loss_kernel(
                 )
                 loss += tl.sum(part.to(tl.float64), axis=0)
             tl.store(loss_ptr, (loss / tl.load(divisor_ptr)).to(loss_ptr.dtype.element_ty))
-    elif (gradient_ptr is not None) and (where_ptr is not None):
-        # Not ROWS each: the head has been cleared, and the last programs would be left without a
-        # row, but launched and waited for.
-        left, others = (rows - count - skipped).to(tl.int64), tl.num_programs(0) - programs
-        share = program - programs
-        begin = skipped + (share * left // others).to(tl.int32)
-        end = skipped + ((share + 1) * left // others).to(tl.int32)
-        for entry in range(begin, end):
-            cleared = tl.load(state_ptr + 3 + rows - 1 - (entry + tl.arange(0, 1)))
-            _clear(gradient_ptr, cleared, cleared < rows, dim, 2 * CLEAR_C)
+    elif gradient_ptr is not None:
+        # Equal shares, of ROWS at most. With ROWS each the last programs would be left without a
+        # row, since the head has been cleared, but launched and waited for.
+        left, others = rows - count - skipped, tl.num_programs(0) - programs
+        share, each = program - programs, left // others
+        begin = skipped + share * each + tl.minimum(share, left % others)
+        end = begin + each + (share < left % others).to(tl.int32)
+        entry = begin + tl.arange(0, ROWS)
+        cleared = tl.load(state_ptr + 3 + rows - 1 - entry, mask=entry < end, other=0)
+        _clear(gradient_ptr, cleared, entry < end, dim, CLEAR_C)
 
 
 @triton.jit
@@ -257,8 +257,14 @@ GRADIENT_ROWS = 4
 # Programs and warps of the backward kernel where most calls have nothing to do. H100, a trial in
 # docs/matching.md: 1 us less at 16 x 1024 than 2112 programs of 4 warps.
 CHECK_PROGRAMS, CHECK_WARPS = 264, 16
-# Partial sums read at a time. H200, docs/matching.md: 1.6 us less at 16 x 1024 than 1024.
+# Partial sums read at a time. H200, docs/matching.md: 1.6 us less at 16 x 1024 than 1024. Half of
+# them before sm_90, where so many registers spill.
 REDUCE_BLOCK = 4096
+
+
+def reduce_block(overlap: bool) -> int:
+    """Partial sums read at a time; from sm_90 on launches overlap."""
+    return REDUCE_BLOCK if overlap else REDUCE_BLOCK // 2
 
 
 def _forward(
@@ -295,7 +301,7 @@ def _forward(
             state, (rows, p.shape[1], dim), (*p.stride()[:2], *t.stride()[:2]),
             BETA=beta, ACC=acc, ROWS=picked.rows, BLOCK_C=column_block(dim, picked.columns),
             CLEAR_C=column_block(dim), HEAD=picked.head, CLEARING=picked.clearing,
-            BLOCK=REDUCE_BLOCK, OVERLAP=overlap, num_warps=picked.warps,
+            BLOCK=reduce_block(overlap), OVERLAP=overlap, num_warps=picked.warps,
             **({"launch_pdl": True} if overlap else {}),
         )  # fmt: skip
     return loss, divisor, expected, gradient
