@@ -29,9 +29,9 @@ def solve_with_all_sizes(cost: np.ndarray) -> emulator.Solution:
     ("family", "n", "m", "swapped"),
     [
         pytest.param("product", 150, 210, False, id="product"),
-        pytest.param("equal_rows", 70, 100, False, id="equal_rows"),
-        pytest.param("equal_rows", 70, 100, True, id="swapped"),
-        pytest.param("equal_rows", 60, 1030, False, id="lists"),
+        pytest.param("two_scales", 70, 100, False, id="two_scales"),
+        pytest.param("two_scales", 70, 100, True, id="swapped"),
+        pytest.param("product", 140, 1030, False, id="lists"),
     ],
 )
 def test_emulated_cluster_same_bits(family: str, n: int, m: int, swapped: bool) -> None:

@@ -222,11 +222,17 @@ __global__ void __launch_bounds__(kAnnealThreads, 1) anneal(Arguments a) {
   threshold(p);
 }
 
-// Grid (batch, rows / warps): nearest_columns again where the start is another now.
+// Grid (batch, rows / warps): nearest_columns again where the start is another now; the order of
+// rows where some are alike.
 template <class T>
 __global__ void nearest_again(Arguments a) {
+  Workspace work;
+  work.carve(a.workspace + blockIdx.x * a.workspace_stride, a);
+  const int steps = work.scalars->counters[kAnnealSteps], copies = work.scalars->copies;
+  if ((steps | copies) == 0) return;  // one wait for both
   const Problem<T> p(a);
   if (p.annealed()) find_nearest(p);
+  if (p.alike()) order_row(p);
 }
 
 }  // namespace croc::gpu

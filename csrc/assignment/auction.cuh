@@ -10,6 +10,12 @@ namespace croc::gpu {
 
 constexpr int kAuctionRounds =
     2000;                       // per phase and direction; who needs more is better served by paths
+// With many rows: so many rounds into the first phase more than n / 10 free rows are a price war,
+// in which each bid raises a price by little more than epsilon. It goes on with a larger one.
+constexpr int kWarRounds = 320;
+constexpr int kWarShare = 10;
+constexpr double kWarRise = 8.0;
+constexpr int kWars = 3;
 constexpr int kPatience = 256;  // rounds of columns, and as long as each has more than two bids
 
 // epsilon = the costs' local scale times `first`, and `fall` times the one before. The last few
@@ -215,17 +221,28 @@ __device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, c
   __syncthreads();
 }
 
-template <class T>
+template <bool kAlike, class T>
 __device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, Team team) {
   const Schedule schedule = schedule_for(p.many, p.annealed(), p.n);
   double epsilon = -on_grid(-schedule.first * p.scalars().spread, p.scalars());
-  for (int phase = 0; phase < schedule.phases && epsilon > 0.0; ++phase) {
-    const bool last = phase + 1 == schedule.phases;
+  int phases = schedule.phases;
+  int wars = p.many ? kWars : 0;  // that may still be declared
+  while (phases > 0 && epsilon > 0.0) {
+    const bool last = phases == 1;
     const Schedule::Left leaves = last ? schedule.last : schedule.each;
-    int left = kAuctionRounds;
-    const bool done = bid(p, s, team, epsilon, left, leaves.free, p.n) <= nearly(leaves.free) &&
-                      bid_columns(p, levels, s, team, epsilon, leaves.priced);
+    int left = wars > 0 ? kWarRounds : kAuctionRounds;
+    const int free = bid<kAlike>(p, s, team, epsilon, left, leaves.free, p.n);
+    if (wars > 0 && left == 0) {
+      const bool war = free > p.n / kWarShare;
+      if (war) epsilon *= kWarRise, ++phases;
+      wars = war ? wars - 1 : 0;
+      continue;
+    }
+    wars = 0;
+    const bool done =
+        free <= nearly(leaves.free) && bid_columns(p, levels, s, team, epsilon, leaves.priced);
     epsilon = done && !last ? -on_grid(-schedule.fall * epsilon, p.scalars()) : 0.0;
+    --phases;
     drop_loose_pairs(p.costs, p.lists(), s, team, epsilon);
   }
 }

@@ -3,12 +3,11 @@
 // and only ever lowers v.
 #pragma once
 
-#include "cluster.cuh"
+#include "alike.cuh"
 #include "nearest.cuh"
 
 namespace croc::gpu {
 
-constexpr int kNobody = 0x7fffffff;
 constexpr int kWindow = 6;       // rounds after which bidding looks back
 constexpr int kLastRounds = 60;  // with an epsilon, when nearly few enough rows are free
 
@@ -58,40 +57,63 @@ __device__ inline Placed place_bid(const State& s, Bid bid, double epsilon) {
   return {bid.column, s.v[bid.column] - fmax(step, 0.0)};
 }
 
-__device__ inline void outbid(const State& s, int column, double price) {
-  atomicMin(reinterpret_cast<unsigned long long*>(&s.best[column]),
-            static_cast<unsigned long long>(ordered(price)));
+// The bid of a free row, the k-th listed. By one warp; returns whether it was made.
+template <class T>
+__device__ bool bid_row(const Costs<T>& costs, const Lists<T>& lists, const State& s, Team team,
+                        int k, double epsilon) {
+  const int row = s.list[k];
+  const Bid bid =
+      lists.bound != nullptr ? bid_from_list(costs, lists, s, row) : find_bid(costs, s, row);
+  const Placed placed = place_bid(s, bid, epsilon);
+  if (is_finite(bid.least)) team.tell(&s.u[row], bid.least);
+  team.tell(&s.target[k], placed.target);
+  team.tell(&s.bid[k], placed.price);
+  if (team.size == 1 && placed.target >= 0 && lane_id() == 0)
+    outbid(s, placed.target, placed.price);
+  return placed.target >= 0;
+}
+
+// The bids of the k-th listed kind.
+template <class T>
+__device__ bool bid_rows_alike(const Costs<T>& costs, const Lists<T>& lists, const State& s,
+                               Team team, int k, Listed listed, double epsilon) {
+  const int* kinds = s.path;
+  const int first = kinds[k], end = k + 1 < listed.kinds ? kinds[k + 1] : listed.rows;
+  if (end - first > kFewCopies) return kind_bids(costs, s, team, first, end, epsilon);
+  bool made = false;
+  for (int row = first; row < end; ++row) {
+    if (s.column_of[s.list[row]] < 0)
+      made |= bid_row(costs, lists, s, team, row, epsilon);
+    else
+      team.tell(&s.target[row], -1);
+  }
+  return made;
 }
 
 // Bids for all free rows, by a warp each; returns whether any was made. Then s.best has the best
 // bid for every column. A warp that is done takes the block's next row: some have to read parts of
 // their row again. `next` is zero before and after.
-template <class T>
+template <bool kAlike, class T>
 __device__ bool place_bids(const Costs<T>& costs, const Lists<T>& lists, const State& s, Team team,
-                           int num_free, double epsilon, int& next) {
+                           Listed listed, double epsilon, int& next) {
   bool made = false;
-  const int its_rows = (num_free - team.rank + team.size - 1) / team.size;  // every size-th
+  const int pieces = kAlike ? listed.kinds : listed.rows;
+  const int its_rows = (pieces - team.rank + team.size - 1) / team.size;  // every size-th
   int turn = warp_id();
   while (turn < its_rows) {
-    const int k = team.rank + turn * team.size, row = s.list[k];
-    const Bid bid =
-        lists.bound != nullptr ? bid_from_list(costs, lists, s, row) : find_bid(costs, s, row);
-    const Placed placed = place_bid(s, bid, epsilon);
-    if (is_finite(bid.least)) team.tell(&s.u[row], bid.least);
-    team.tell(&s.target[k], placed.target);
-    team.tell(&s.bid[k], placed.price);
-    made |= placed.target >= 0;
+    const int k = team.rank + turn * team.size;
+    if constexpr (kAlike)
+      made |= bid_rows_alike(costs, lists, s, team, k, listed, epsilon);
+    else
+      made |= bid_row(costs, lists, s, team, k, epsilon);
     int taken = 0;
-    if (lane_id() == 0) {
-      if (team.size == 1 && placed.target >= 0) outbid(s, placed.target, placed.price);
-      if (its_rows > warp_count()) taken = atomicAdd(&next, 1);
-    }
+    if (lane_id() == 0 && its_rows > warp_count()) taken = atomicAdd(&next, 1);
     turn = warp_count() + __shfl_sync(kAllLanes, taken, 0);
     if (its_rows <= warp_count()) break;
   }
   if (team.size > 1) {
     team.wait();
-    for (int k = threadIdx.x; k < num_free; k += blockDim.x) {
+    for (int k = threadIdx.x; k < listed.rows; k += blockDim.x) {
       if (s.target[k] < 0) continue;
       outbid(s, s.target[k], s.bid[k]);
       made = true;
@@ -133,15 +155,20 @@ __device__ inline void award(const State& s, int num_free) {
 // With more than `patient` rows free it also ends when kWindow rounds free less than a tenth of
 // them, and with an epsilon after kLastRounds rounds with nearly few enough. Returns the free rows,
 // listed in s.list; their u is at most their least reduced cost.
-template <class T>
+template <bool kAlike, class T>
 __device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int& left, int enough,
                    int patient) {
   __shared__ int next;
   if (threadIdx.x == 0) next = 0;
   const Lists<T> lists = p.lists();
   const auto free = [&](int row) { return s.column_of[row] < 0; };
-  int num_free = block_collect(p.n, s.list, p.n, free);
-  int before = num_free, last_rounds = 0;
+  const auto list = [&]() -> Listed {
+    if constexpr (kAlike) return list_kinds(s, p.work.order, p.n);
+    const int count = block_collect(p.n, s.list, p.n, free);
+    return {count, count, count};
+  };
+  Listed listed = list();
+  int num_free = listed.free, before = num_free, last_rounds = 0;
   for (int round = 0; left > 0 && num_free > enough; ++round, --left) {
     if (round == kWindow) {
       if (num_free > patient && 10 * num_free > 9 * before) break;
@@ -149,10 +176,16 @@ __device__ int bid(const Problem<T>& p, State& s, Team team, double epsilon, int
     }
     if (epsilon > 0.0 && num_free <= nearly(enough) && ++last_rounds > kLastRounds) break;
     if (team.rank == 0) count(p.scalars(), kRounds, 1), count(p.scalars(), kBids, num_free);
-    const bool made = place_bids(p.costs, lists, s, team, num_free, epsilon, next);
-    if (made) award(s, num_free);
+    const bool made = place_bids<kAlike>(p.costs, lists, s, team, listed, epsilon, next);
+    if constexpr (kAlike) forget_kinds(s, p.n);
+    if (made) award(s, listed.rows);
     s.turn_page();
     if (!made) break;
+    listed = list();
+    num_free = listed.free;
+  }
+  if constexpr (kAlike) {
+    forget_kinds(s, p.n);
     num_free = block_collect(p.n, s.list, p.n, free);
   }
   return num_free;

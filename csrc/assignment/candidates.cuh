@@ -14,6 +14,19 @@ namespace croc::gpu {
 
 constexpr int kRefills = 3;  // with more shares in doubt the whole row is read
 
+// A row's own order of the columns, for ties: it starts at `turn`, far from where its neighbours
+// start.
+__device__ inline int rotation(int row, int m) {
+  return static_cast<int>((static_cast<uint64_t>(row) * 2654435769u & 0xffffffffu) * m >> 32);
+}
+__device__ inline unsigned rotated(int column, int turn, int m) {
+  return static_cast<unsigned>(column >= turn ? column - turn : column - turn + m);
+}
+__device__ inline int unrotated(unsigned key, int turn, int m) {
+  const int column = static_cast<int>(key) + turn;
+  return column >= m ? column - m : column;
+}
+
 struct Bid {
   double least, second;  // the two smallest reduced costs of the row
   int column;            // of the least; an unmatched one if there is a choice

@@ -50,6 +50,17 @@ struct Team {
 #endif
     *place = value;
   }
+
+  // The same, a place and a value of every lane.
+  template <class T>
+  __device__ void tell_each(T* place, T value) const {
+#ifdef CROC_CLUSTERS
+    for (int other = 0; size > 1 && other < size; ++other)
+      *static_cast<T*>(__cluster_map_shared_rank(place, static_cast<unsigned>(other))) = value;
+    if (size > 1) return;
+#endif
+    *place = value;
+  }
 };
 
 }  // namespace croc::gpu

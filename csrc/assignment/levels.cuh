@@ -57,11 +57,17 @@ __device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels<T> levels, Team
     if (column >= costs.m) continue;
     const T* entries = costs.base + column * costs.column_stride;
     T least = static_cast<T>(infinity()), most = -least;
-#pragma unroll 16
-    for (int i = 0; i < costs.n; ++i) {
-      const T x = costs.sign * __ldg(entries + i * costs.row_stride);
-      least = lesser(least, x);
-      most = x < static_cast<T>(infinity()) ? greater(most, x) : most;
+    for (int first = 0; first < costs.n; first += kLevelRows) {
+      T x[kLevelRows];  // all loads before their use; the last row more than once does not matter
+#pragma unroll
+      for (int k = 0; k < kLevelRows; ++k)
+        x[k] = __ldg(entries + min(first + k, costs.n - 1) * costs.row_stride);
+#pragma unroll
+      for (int k = 0; k < kLevelRows; ++k) {
+        const T cost = costs.sign * x[k];
+        least = lesser(least, cost);
+        most = cost < static_cast<T>(infinity()) ? greater(most, cost) : most;
+      }
     }
     const double low = is_finite(least) ? least : 0.0, high = most;
     // A little more than a 254th of the range, so that the last level ends beyond it, with the
@@ -72,7 +78,7 @@ __device__ CROC_NOINLINE void make_levels(Costs<T> costs, Levels<T> levels, Team
     levels.low[column] = static_cast<T>(low);
     levels.step[column] = its_step;
     for (int first = 0; first < costs.n; first += kLevelRows) {
-      T x[kLevelRows];  // all loads before their use
+      T x[kLevelRows];
 #pragma unroll
       for (int k = 0; k < kLevelRows; ++k)
         x[k] = __ldg(entries + min(first + k, costs.n - 1) * costs.row_stride);

@@ -74,7 +74,24 @@ __global__ void find_twins(Arguments a) {
     });
     if (__any_sync(kAllLanes, differs)) twin = static_cast<unsigned>(row);
   }
-  if (lane_id() == 0) p.work.twin[row] = static_cast<int>(twin);
+  if (lane_id() != 0) return;
+  p.work.twin[row] = static_cast<int>(twin);
+  if (twin != static_cast<unsigned>(row)) atomicAdd(&p.scalars().copies, 1);
+}
+
+// A row's place in the order of twins, and of rows among the same. By a warp.
+template <class T>
+__device__ void order_row(const Problem<T>& p) {
+  const int row = row_of_warp();
+  if (row >= p.n || p.failed()) return;
+  const int twin = p.work.twin[row];
+  unsigned place = 0;
+  for (int other = lane_id(); other < p.n; other += kWarp) {
+    const int its = p.work.twin[other];
+    place += its < twin || (its == twin && other < row);
+  }
+  place = __reduce_add_sync(kAllLanes, place);
+  if (lane_id() == 0) p.work.order[place] = row;
 }
 
 }  // namespace croc::gpu

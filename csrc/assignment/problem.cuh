@@ -47,6 +47,7 @@ struct Scalars {
   double spread;       // local scale: from a row's least reduced cost to about its ninth, median
   double temperature;  // of the Sinkhorn steps; 0: none
   double slack;        // Sinkhorn potential of the row that takes the m - n columns left over
+  int copies;          // rows that are not the first with their costs
   unsigned overload;   // rows that the last Sinkhorn step sent to full columns, times kOverload
   int counters[kCounters];
 };
@@ -188,6 +189,7 @@ struct Workspace {
   int* column_of;        // (n); first the column of each row's least reduced cost
   unsigned* row_hash;    // (n)
   int* twin;             // (n) the first row with the same costs
+  int* order;            // (n) rows by their twins
   void* list_cost;       // (n, kWarp, kListed) candidates, from kListColumns on
   int* list_column;      // the same
   float* list_bound;     // (n, kWarp)
@@ -212,6 +214,7 @@ struct Workspace {
     column_of = carver.take<int>(n);
     row_hash = carver.take<unsigned>(n);
     twin = carver.take<int>(n);
+    order = carver.take<int>(n);
     list_cost = carver.take<unsigned char>(candidates * a.cost_bytes);
     list_column = carver.take<int>(candidates);
     list_bound = carver.take<float>(candidates / kListed);
@@ -344,21 +347,9 @@ struct Problem {
   }
   __device__ T* copies() const { return static_cast<T*>(work.copies); }
   __device__ bool failed() const { return work.scalars->status != kOk; }
+  __device__ bool alike() const { return work.scalars->copies > 0; }
   __device__ bool annealed() const { return work.scalars->counters[kAnnealSteps] > 0; }
 };
-
-// A row's own order of the columns, for ties: it starts at `turn`, far from where its neighbours
-// start.
-__device__ inline int rotation(int row, int m) {
-  return static_cast<int>((static_cast<uint64_t>(row) * 2654435769u & 0xffffffffu) * m >> 32);
-}
-__device__ inline unsigned rotated(int column, int turn, int m) {
-  return static_cast<unsigned>(column >= turn ? column - turn : column - turn + m);
-}
-__device__ inline int unrotated(unsigned key, int turn, int m) {
-  const int column = static_cast<int>(key) + turn;
-  return column >= m ? column - m : column;
-}
 
 // What the sequential phases start from; match_nearest makes the rest.
 template <class T>

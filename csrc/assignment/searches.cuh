@@ -35,11 +35,20 @@ struct Work {
   }
 };
 
+// Where rows are alike, phases that bid are functions of their own, called by the usual ones, whose
+// code is as if they were not there.
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE int bid_alike(Arguments a, int* left) {
+  Work<T, kGroups, kShared> work(a);
+  return bid<true>(work.p, work.s, Team::alone(), 0.0, *left, kEnoughFree, kForestLeast);
+}
+
 // Bids without an epsilon; returns the number of rows left free, listed in s.list.
 template <class T, int kGroups, bool kShared>
 __device__ CROC_NOINLINE int bid_free(Arguments a, int* left) {
   Work<T, kGroups, kShared> work(a);
-  return bid(work.p, work.s, Team::alone(), 0.0, *left, kEnoughFree, kForestLeast);
+  if (work.p.alike()) return bid_alike<T, kGroups, kShared>(a, left);
+  return bid<false>(work.p, work.s, Team::alone(), 0.0, *left, kEnoughFree, kForestLeast);
 }
 
 // A forest from all free rows; false if it reaches no unmatched column.
@@ -62,24 +71,32 @@ __device__ CROC_NOINLINE bool grow_forest(Arguments a, int num_free) {
 }
 
 template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE void run_alike(Arguments a) {
+  Work<T, kGroups, kShared> work(a);
+  auction<true>(work.p, work.p.levels(a), work.s, Team::alone());
+}
+
+template <class T, int kGroups, bool kShared>
 __device__ CROC_NOINLINE void run_auction(Arguments a) {
   Work<T, kGroups, kShared> work(a);
-  auction(work.p, work.p.levels(a), work.s, Team::alone());
+  if (work.p.alike()) return run_alike<T, kGroups, kShared>(a);
+  auction<false>(work.p, work.p.levels(a), work.s, Team::alone());
 }
 
 // Bids, and an auction if that leaves too many rows free, by all blocks of a cluster. Searches for
 // so many rows would take far longer.
-template <class T, int kGroups, bool kShared>
-__device__ CROC_NOINLINE void bid_together(Arguments a) {
-  Work<T, kGroups, kShared> work(a);
+template <bool kAlike, class T, int kGroups, bool kShared>
+__device__ void bid_by_all(const Arguments& a, Work<T, kGroups, kShared>& work) {
   const Problem<T>& p = work.p;
   const Team team = Team::all();
   team.wait();  // all have begun: from here on their shared memory may be written
   const int few = min(kTogetherFree, p.n / kAuctionShare);
   int left = kTogetherRounds;
-  const bool served = bid(p, work.s, team, 0.0, left, kEnoughFree, few) <= few;
+  const bool served = bid<kAlike>(p, work.s, team, 0.0, left, kEnoughFree, few) <= few;
   // Columns with a price but no row are read from the levels later, in a fraction of the time.
-  if (served && collect_priced(p.costs, work.s) == 0) return;
+  // Under the annealed start rows that are alike leave many, which an auction settles sooner.
+  const bool expected = kAlike && p.annealed();
+  if (served && !expected && collect_priced(p.costs, work.s) == 0) return;
   // A problem read through swapped strides has its columns in whole lines already.
   const Levels<T> levels = p.levels(a, !p.swapped);
   if (!p.swapped) {
@@ -87,7 +104,20 @@ __device__ CROC_NOINLINE void bid_together(Arguments a) {
     if (team.rank == 0 && threadIdx.x == 0) p.scalars().with_levels = 1;
     team.wait();
   }
-  if (!served) auction(p, levels, work.s, team);
+  if (!served || expected) auction<kAlike>(p, levels, work.s, team);
+}
+
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE void all_alike(Arguments a) {
+  Work<T, kGroups, kShared> work(a);
+  bid_by_all<true>(a, work);
+}
+
+template <class T, int kGroups, bool kShared>
+__device__ CROC_NOINLINE void bid_together(Arguments a) {
+  Work<T, kGroups, kShared> work(a);
+  if (work.p.alike()) return all_alike<T, kGroups, kShared>(a);
+  bid_by_all<false>(a, work);
 }
 
 // Rounds of bids by the priced columns, while a few rows are still free: many find one, or need no

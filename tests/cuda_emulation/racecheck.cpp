@@ -22,6 +22,7 @@ constexpr int kCounters = 22;
 
 float entry(const char* family, int i, int j, double random, double offset) {
   if (std::strcmp(family, "product") == 0) return static_cast<float>((i + 1.0) * (j + 1.0) / 7);
+  if (std::strcmp(family, "kinds") == 0) return static_cast<float>((i % 24 + 1.0) * (j + 1.0) / 7);
   if (std::strcmp(family, "offsets") == 0) return static_cast<float>(offset + random / 64);
   if (std::strcmp(family, "integers") == 0) return static_cast<float>(std::floor(4 * random));
   return static_cast<float>(random);
@@ -80,6 +81,7 @@ int main(int argc, char** argv) {
     ok = run("equal rows", 60, 90, 227 * 1024, most, blocks) && ok;
     ok = run("equal rows", 90, 60, 227 * 1024, most, blocks) && ok;
     ok = run("product", 110, 150, 227 * 1024, most, blocks) && ok;
+    ok = run("kinds", 120, 128, 227 * 1024, most, blocks) && ok;
   }
   for (int count : most) ok = count > 0 && ok;  // every phase was reached
   std::puts(ok ? "ok" : "failed");
