@@ -66,15 +66,15 @@ def test_config_takes_the_hopper_forward_only_where_it_can():
 
 @pytest.mark.parametrize(
     ("dim", "length", "tiles"),
-    [(64, 512, (64, 4, 4, 2, False, False, 232, True)),
-     (64, 2048, (128, 3, 12, 2, False, False, 232, True)),
-     (64, 8192, (128, 3, 4, 3, True, False, 160)),
-     (128, 1024, (64, 4, 4, 2, False, True, 232, True)),
-     (128, 1535, (64, 4, 4, 2, False, True, 232, True)),
-     (128, 1536, (128, 2, 12, 2, False, False, 232, True)),
-     (128, 2048, (128, 2, 12, 2, False, False, 232, True)),
-     (128, 4096, (128, 2, 4, 2, True, False, 232, True)),
-     (128, 8192, (128, 2, 4, 2, True, False, 232, True)),
+    [(64, 512, (64, 4, 4, 2, False, False, 232, True, True)),
+     (64, 2048, (128, 3, 12, 2, False, False, 232, True, True)),
+     (64, 8192, (128, 3, 4, 3, True, False, 160, False, True)),
+     (128, 1024, (64, 4, 4, 2, False, True, 232, True, True)),
+     (128, 1535, (64, 4, 4, 2, False, True, 232, True, True)),
+     (128, 1536, (128, 2, 12, 2, False, False, 232, True, True)),
+     (128, 2048, (128, 2, 12, 2, False, False, 232, True, True)),
+     (128, 4096, (128, 2, 4, 2, True, False, 232, True, True)),
+     (128, 8192, (128, 2, 4, 2, True, False, 232, True, True)),
      (256, 512, (64, 2, 12, 2, False, False, 216)),
      (256, 2048, (64, 2, 16, 2, True, False, 216)), (256, 4096, (64, 2, 4, 2, True, False, 216))],
 )  # fmt: skip
@@ -84,6 +84,7 @@ def test_config_hopper_forward_is_what_was_measured(dim, length, tiles):
     assert picked.constants()["DYNAMIC"] == picked.dynamic
     assert picked.constants()["SKIP"] == picked.skip
     assert picked.constants()["KEEP_Q"] == picked.keep_q
+    assert picked.constants()["TRUST"] == picked.trust
 
 
 @pytest.mark.parametrize(

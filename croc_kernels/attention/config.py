@@ -62,6 +62,8 @@ class HopperForwardConfig:
     ``dynamic``: programs draw their tiles from a counter. ``skip``: a warp group leaves out tiles
     of keys that only the others' rows see. ``registers``: of a thread that multiplies. ``keep_q``:
     these hold the tile of queries, instead of reading it from shared memory for every product.
+    ``trust``: the largest score of a row is looked for in its first tile of keys, and in later ones
+    only where sums of weights are too large without.
     """
 
     block_n: int
@@ -72,6 +74,7 @@ class HopperForwardConfig:
     skip: bool = False
     registers: int = 232
     keep_q: bool = False
+    trust: bool = False
 
     @property
     def block_m(self) -> int:
@@ -86,7 +89,7 @@ class HopperForwardConfig:
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
             "SECTION": self.section, "GROUPS": self.groups, "DYNAMIC": self.dynamic,
             "SKIP": self.skip, "KEEP_Q": self.keep_q, "CONSUMER_REGISTERS": self.registers,
-            "PRODUCER_REGISTERS": rest,
+            "PRODUCER_REGISTERS": rest, "TRUST": self.trust,
         }  # fmt: skip
 
 
@@ -197,16 +200,17 @@ def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Backw
     return BackwardConfig(*_row(_BACKWARD[family(arch)], dim))
 
 
-# (block_n, stages, section, groups, dynamic, skip, registers, keep_q) per head dimension: of short
-# rows, and from each of HOPPER_LONG rows on. Measured on H100 and H200, docs/attention.md.
+# (block_n, stages, section, groups, dynamic, skip, registers, keep_q, trust) per head dimension: of
+# short rows, and from each of HOPPER_LONG rows on. Measured on H100 and H200, docs/attention.md.
 HOPPER_FORWARD = {
     64: (
-        (64, 4, 4, 2, False, False, 232, True), (128, 3, 12, 2, False, False, 232, True),
-        (128, 3, 4, 3, True, False, 160),
+        (64, 4, 4, 2, False, False, 232, True, True),
+        (128, 3, 12, 2, False, False, 232, True, True),
+        (128, 3, 4, 3, True, False, 160, False, True),
     ),
     128: (
-        (64, 4, 4, 2, False, True, 232, True), (128, 2, 12, 2, False, False, 232, True),
-        (128, 2, 4, 2, True, False, 232, True),
+        (64, 4, 4, 2, False, True, 232, True, True), (128, 2, 12, 2, False, False, 232, True, True),
+        (128, 2, 4, 2, True, False, 232, True, True),
     ),
     256: (
         (64, 2, 12, 2, False, False, 216), (64, 2, 16, 2, True, False, 216),

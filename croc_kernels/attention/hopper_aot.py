@@ -14,8 +14,8 @@ _VECTOR = ("*i32", "i32")
 # 3.9 spills less, 3.8 up to 828).
 SPILLS = {
     "mixed_attention_fwd_hopper-D256-bf16-L1024": 44,
-    "mixed_attention_fwd_hopper-D256-bf16-L1536": 88,
-    "mixed_attention_fwd_hopper-D256-bf16-L3072": 88,
+    "mixed_attention_fwd_hopper-D256-bf16-L1536": 72,
+    "mixed_attention_fwd_hopper-D256-bf16-L3072": 72,
     "mixed_attention_bwd_hopper-D128-bf16": 64,
     "mixed_attention_bwd_hopper-D128-bf16-L256": 64,
     "mixed_attention_bwd_hopper-D128-fp16": 64,

@@ -20,122 +20,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .config import LOG2_E, HopperForwardConfig, by_sample
-from .hopper import barrier, of_sample, tile_descriptor, tma_load, tma_store
-from .hopper_softmax import cut, lane_sums, rescale, weigh
-
-
-@gluon.jit
-def _give_out(item, drawn, turn):
-    """Tell the multiplying warps which item is next. There are two places for it: what was in this
-    one has been read, since the loading warp comes here only after Q of the turn before is free.
-    """
-    full, smem = drawn
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    smem.index(turn & 1).store(gl.full([1], 0, gl.int32, layout) + item)
-    mbarrier.arrive(full.index(turn & 1), count=1)
-
-
-@gluon.jit
-def _given(drawn, turn):
-    """The item of a turn, from the loading warp."""
-    full, smem = drawn
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)
-    return gl.max(smem.index(turn & 1).load(layout), 0)
-
-
-@gluon.jit
-def _item(
-    item, items, start, end, num_queries,
-    HEADS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SECTION: gl.constexpr,
-):  # fmt: skip
-    """Head, first row and keys of one turn. SECTION heads share a stretch of turns, last rows
-    first: their keys stay in the L2, and the tiles with most keys don't end the grid.
-    """
-    tiles = gl.cdiv(num_queries, BLOCK_M)
-    part = item // (tiles * SECTION)
-    within = item % (tiles * SECTION)
-    size = gl.minimum(SECTION, items // tiles - part * SECTION)
-    plane = part * SECTION + within % size
-    row = (tiles - 1 - within // size) * BLOCK_M
-    last_row = gl.minimum(row + BLOCK_M, num_queries) - 1
-    start_row, end_row = of_sample(start, plane // HEADS), of_sample(end, plane // HEADS)
-    low, high = gl.load(start_row + row), gl.load(end_row + last_row)
-    first = low // BLOCK_N * BLOCK_N
-    # At least one tile of keys, so that both sides count the same: all of it is masked then.
-    past = gl.maximum(first + BLOCK_N, gl.cdiv(high, BLOCK_N) * BLOCK_N)
-    return plane, row, low, high, first, past
-
-
-@gluon.jit
-def _keep_rows(tile, n, low, high, D: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Zero the rows of a tile of values outside [low, high), which may hold NaN: 0 * NaN = NaN."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [gl.num_warps(), 1], [1, 0])
-    keys = n + gl.arange(0, 8, gl.SliceLayout(1, layout))
-    for i in gl.static_range(BLOCK_N // 8):
-        part = tile.slice(8 * i, 8, 0)
-        seen = (keys + 8 * i >= low) & (keys + 8 * i < high)
-        values = part.load(layout)
-        part.store(gl.where(seen[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
-    barrier()
-
-
-@gluon.jit
-def _produce(
-    operands, HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr,
-    DYNAMIC: gl.constexpr,
-):  # fmt: skip
-    """Bring every turn's tile of Q, then its keys and values tile by tile."""
-    q_desc, k_desc, v_desc, counter_ptr, bounds, tiles_smem, bars = operands
-    q_smem, k_smem, v_smem, _o_smem = tiles_smem
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, v_raw, drawn = bars
-    start, end, num_queries, items = bounds
-    it = 0
-    raw = 0
-    turn = 0
-    item = gl.program_id(0)
-    while item < items:
-        if DYNAMIC:
-            _give_out(item, drawn, turn)
-        plane, row, low, high, first, past = _item(
-            item, items, start, end, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
-        )
-        batch, head = plane // HEADS, plane % HEADS
-        mbarrier.wait(q_empty, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, q_desc.block_type.nbytes * GROUPS)
-        for i in gl.static_range(GROUPS):
-            tma_load(
-                q_desc, [batch, head, row + i * (BLOCK_M // GROUPS), 0], q_full, q_smem.index(i)
-            )
-        for n in range(first, past, BLOCK_N):
-            slot = it % STAGES
-            phase = (it // STAGES) & 1
-            bar = k_full.index(slot)
-            mbarrier.wait(k_empty.index(slot), phase ^ 1)
-            mbarrier.expect(bar, k_desc.block_type.nbytes)
-            tma_load(k_desc, [batch, head // GROUP, n, 0], bar, k_smem.index(slot))
-            bar = v_full.index(slot)
-            mbarrier.wait(v_empty.index(slot), phase ^ 1)
-            if (n >= low) & (n + BLOCK_N <= high):
-                mbarrier.expect(bar, v_desc.block_type.nbytes)
-                tma_load(v_desc, [batch, head // GROUP, n, 0], bar, v_smem.index(slot))
-            else:
-                mbarrier.expect(v_raw, v_desc.block_type.nbytes)
-                tma_load(v_desc, [batch, head // GROUP, n, 0], v_raw, v_smem.index(slot))
-                mbarrier.wait(v_raw, raw & 1)
-                raw += 1
-                tile = v_smem.index(slot).reshape([BLOCK_N, D])
-                _keep_rows(tile, n, low, high, D, BLOCK_N)
-                mbarrier.arrive(bar, count=1)
-            it += 1
-        turn += 1
-        item = gl.num_programs(0) + (
-            gl.atomic_add(counter_ptr, 1, sem="relaxed") if DYNAMIC else item
-        )
-    if DYNAMIC:
-        _give_out(item, drawn, turn)
+from .hopper import barrier, of_sample, tile_descriptor, tma_store
+from .hopper_forward_loads import given, item_of, produce
+from .hopper_softmax import (
+    LOWEST,
+    cut,
+    decayed,
+    is_raised,
+    lane_sums,
+    lower,
+    make_flag,
+    raise_where_large,
+    rescale,
+    sum_exponent,
+    weigh,
+    weigh_again,
+)
 
 
 @gluon.jit
@@ -154,10 +54,48 @@ def _leave(out, o_desc, o_tile, batch, head, row):
 
 
 @gluon.jit
+def _pass_over(it, last, past, bars, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Give back tiles of keys and values that others' rows alone see."""
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty, _v_raw, _drawn = bars
+    for _ in range(last, past, BLOCK_N):
+        slot, phase = it % STAGES, (it // STAGES) & 1
+        mbarrier.wait(k_full.index(slot), phase)
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        mbarrier.wait(v_full.index(slot), phase)
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        it += 1
+    return it
+
+
+@gluon.jit
+def _rows(
+    start_row, end_row, row, num_queries, first, past,
+    layout: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, SKIP: gl.constexpr,
+):  # fmt: skip
+    """A warp group's rows, the keys that each of them sees, those that all see, and where their
+    tiles of keys end.
+    """
+    rows = row + gl.arange(0, ROWS, layout)
+    inside = rows < num_queries
+    row_low = gl.load(start_row + rows, mask=inside, other=0)
+    row_high = gl.load(end_row + rows, mask=inside, other=0)
+    # Rows past the end are clamped and never stored.
+    full_low = gl.load(start_row + gl.minimum(row + ROWS, num_queries) - 1)
+    full_high = gl.load(end_row + gl.minimum(row, num_queries - 1))
+    last = past
+    if SKIP:
+        # What these rows see of what the tile sees: one tile at least, none past the end.
+        high = gl.load(end_row + gl.minimum(row + ROWS, num_queries) - 1)
+        high = gl.where(row < num_queries, high, 0)
+        last = gl.minimum(gl.maximum(first + BLOCK_N, gl.cdiv(high, BLOCK_N) * BLOCK_N), past)
+    return rows, (row_low, row_high, full_low, full_high), last
+
+
+@gluon.jit
 def _consume(
     operands, HEADS: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr, DYNAMIC: gl.constexpr,
-    SKIP: gl.constexpr, KEEP_Q: gl.constexpr, PART: gl.constexpr,
+    SKIP: gl.constexpr, KEEP_Q: gl.constexpr, TRUST: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     """One warp group's share of the rows of every turn."""
     o_desc, lse_ptr, outer, bounds, tiles_smem, bars = operands
@@ -175,33 +113,24 @@ def _consume(
     left: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     o_tile = o_smem.index(PART)
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    if TRUST:
+        EXPONENT: gl.constexpr = sum_exponent(dtype)
+        flag = make_flag()
     it = 0
     turn = 0
-    item = _given(drawn, turn) if DYNAMIC else gl.program_id(0)
+    item = given(drawn, turn) if DYNAMIC else gl.program_id(0)
     while item < items:
-        plane, row, _low, _high, first, past = _item(
+        plane, row, _low, _high, first, past = item_of(
             item, items, start, end, num_queries, HEADS, BLOCK_M, BLOCK_N, SECTION
         )
         row += PART * ROWS
-        rows = row + gl.arange(0, ROWS, s_rows)
-        inside = rows < num_queries
         start_row, end_row = of_sample(start, plane // HEADS), of_sample(end, plane // HEADS)
-        row_low = gl.load(start_row + rows, mask=inside, other=0)
-        row_high = gl.load(end_row + rows, mask=inside, other=0)
-        # What all of these rows see; rows past the end are clamped and never stored.
-        full_low = gl.load(start_row + gl.minimum(row + ROWS, num_queries) - 1)
-        full_high = gl.load(end_row + gl.minimum(row, num_queries - 1))
-        last = past
-        if SKIP:
-            # What these rows see of what the tile sees: one tile at least, none past the end.
-            high = gl.load(end_row + gl.minimum(row + ROWS, num_queries) - 1)
-            high = gl.where(row < num_queries, high, 0)
-            last = gl.minimum(gl.maximum(first + BLOCK_N, gl.cdiv(high, BLOCK_N) * BLOCK_N), past)
-
+        rows, seen, last = _rows(
+            start_row, end_row, row, num_queries, first, past, s_rows, ROWS, BLOCK_N, SKIP
+        )
         mbarrier.wait(q_full, turn & 1)
         if KEEP_Q:
             q = q_tile.load(left)
-            mbarrier.arrive(q_empty, count=1)
         else:
             q = q_tile
         slot = it % STAGES
@@ -210,8 +139,12 @@ def _consume(
         scores = warpgroup_mma(q, keys, zeros, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(slot), count=1)
-        scores = cut(scores, first, row_low, row_high, full_low, full_high)
-        nothing = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+        if KEEP_Q:
+            # Not before a product has used it: loads that are still on their way are waited for by
+            # their own warp alone, not at the barrier, and the copy engine may write before them.
+            mbarrier.arrive(q_empty, count=1)
+        scores = cut(scores, first, seen)
+        nothing = gl.full([ROWS], LOWEST, gl.float32, s_rows)
         weights, _, top = weigh(scores, nothing, outer)
         total = lane_sums(weights)
         p = gl.convert_layout(weights.to(dtype), p_layout)
@@ -230,18 +163,38 @@ def _consume(
             values = v_smem.index(before).reshape([BLOCK_N, D])
             acc = warpgroup_mma(p, values, acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(k_empty.index(slot), count=1)
-            scores = cut(scores, n, row_low, row_high, full_low, full_high)
-            weights, decay, top = weigh(scores, top, outer)
-            sums = lane_sums(weights)
-            lane_decay = gl.convert_layout(decay, gl.SliceLayout(1, sums.type.layout))
-            total = total * lane_decay[:, None] + sums
+            scores = cut(scores, n, seen)
+            if TRUST:
+                weights = gl.exp2(scores * outer - top[:, None])
+                sums = lane_sums(weights)
+            else:
+                mbarrier.arrive(k_empty.index(slot), count=1)
+                weights, decay, top = weigh(scores, top, outer)
+                sums = lane_sums(weights)
+                total = decayed(total, decay)
             after = it + 1
             more = n + BLOCK_N < last
             mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=more)
+            if TRUST:
+                raise_where_large(flag, sums, EXPONENT)
             acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+            # For the flag too: seen by all once it is raised.
+            barrier()
             mbarrier.arrive(v_empty.index(before), count=1)
-            acc = rescale(acc, gl.convert_layout(decay, o_rows))
+            if not TRUST:
+                acc = rescale(acc, gl.convert_layout(decay, o_rows))
+            elif is_raised(flag):
+                lower(flag)
+                # Into the registers of the weights, which are of no use.
+                scores = warpgroup_mma(q, keys, weights, use_acc=False, is_async=True)
+                scores = cut(warpgroup_mma_wait(0, deps=[scores]), n, seen)
+                weights, decay, top = weigh_again(scores, sums, top, outer, EXPONENT)
+                sums = lane_sums(weights)
+                total = decayed(total, decay)
+                acc = acc * gl.convert_layout(decay, o_rows)[:, None]
+            if TRUST:
+                mbarrier.arrive(k_empty.index(slot), count=1)
+            total += sums
             p = gl.convert_layout(weights.to(dtype), p_layout)
         if not KEEP_Q:
             mbarrier.arrive(q_empty, count=1)
@@ -251,22 +204,16 @@ def _consume(
         total = gl.convert_layout(gl.sum(total, 1), s_rows)
         share = 1.0 / gl.where(total == 0.0, 1.0, total)
         place = plane.to(gl.int64) * num_queries + rows
-        gl.store(lse_ptr + place, top + gl.log2(total), mask=inside)
+        gl.store(lse_ptr + place, top + gl.log2(total), mask=rows < num_queries)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(slot), count=1)
         it += 1
         if SKIP:
-            for _ in range(last, past, BLOCK_N):
-                slot = it % STAGES
-                mbarrier.wait(k_full.index(slot), (it // STAGES) & 1)
-                mbarrier.arrive(k_empty.index(slot), count=1)
-                mbarrier.wait(v_full.index(slot), (it // STAGES) & 1)
-                mbarrier.arrive(v_empty.index(slot), count=1)
-                it += 1
+            it = _pass_over(it, last, past, bars, BLOCK_N, STAGES)
         acc = acc * gl.convert_layout(share, o_rows)[:, None]
         _leave(acc.to(dtype), o_desc, o_tile, plane // HEADS, plane % HEADS, row)
         turn += 1
-        item = _given(drawn, turn) if DYNAMIC else item + gl.num_programs(0)
+        item = given(drawn, turn) if DYNAMIC else item + gl.num_programs(0)
     tma.store_wait(0)
 
 
@@ -275,7 +222,7 @@ def _mixed_attention_fwd_hopper_kernel(
     q_desc, k_desc, v_desc, o_desc, lse_ptr, counter_ptr, start, end, outer, num_queries, items,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, GROUPS: gl.constexpr,
-    DYNAMIC: gl.constexpr, SKIP: gl.constexpr, KEEP_Q: gl.constexpr,
+    DYNAMIC: gl.constexpr, SKIP: gl.constexpr, KEEP_Q: gl.constexpr, TRUST: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, D) tiles of the output, ``items`` in all; grid = (multiprocessors,).
@@ -327,13 +274,13 @@ def _mixed_attention_fwd_hopper_kernel(
             [
                 (_consume, (
                     consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
-                    KEEP_Q, 0,
+                    KEEP_Q, TRUST, 0,
                 )),
                 (_consume, (
                     consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
-                    KEEP_Q, 1,
+                    KEEP_Q, TRUST, 1,
                 )),
-                (_produce, (
+                (produce, (
                     produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC,
                 )),
             ],
@@ -346,17 +293,17 @@ def _mixed_attention_fwd_hopper_kernel(
             [
                 (_consume, (
                     consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
-                    KEEP_Q, 0,
+                    KEEP_Q, TRUST, 0,
                 )),
                 (_consume, (
                     consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
-                    KEEP_Q, 1,
+                    KEEP_Q, TRUST, 1,
                 )),
                 (_consume, (
                     consumed, HEADS, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC, SKIP,
-                    KEEP_Q, 2,
+                    KEEP_Q, TRUST, 2,
                 )),
-                (_produce, (
+                (produce, (
                     produced, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, SECTION, GROUPS, DYNAMIC,
                 )),
             ],
