@@ -129,10 +129,7 @@ def _consume(
             start_row, end_row, row, num_queries, first, past, s_rows, ROWS, BLOCK_N, SKIP
         )
         mbarrier.wait(q_full, turn & 1)
-        if KEEP_Q:
-            q = q_tile.load(left)
-        else:
-            q = q_tile
+        q = q_tile.load(left) if KEEP_Q else q_tile
         slot = it % STAGES
         mbarrier.wait(k_full.index(slot), (it // STAGES) & 1)
         keys = k_smem.index(slot).reshape([BLOCK_N, D]).permute((1, 0))
