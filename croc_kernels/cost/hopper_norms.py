@@ -35,6 +35,10 @@ _PARTS = gl.constexpr(PARTS)
 # Steps whose squares every program sums itself: while the last share is on its way, and while all
 # are added up.
 _OWN = gl.constexpr(3)
+# A store that only one NaN asks for: see _hold.
+_HOLD = gl.constexpr(
+    "{.reg .pred p; setp.eq.s32 p, $1, -1; @p st.volatile.shared.b32 [$1], $1; mov.b32 $0, $1;}"
+)
 # A thread sums a row.
 _ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0]))
 
@@ -184,6 +188,21 @@ def _add_part(part, total, lost):
 
 
 @gluon.jit
+def _hold(part):
+    """Keep the group's arrival behind the loads whose squares ``part`` is the sum of.
+
+    An arrival does not wait for loads on their way, and the copy engine waits for nothing but the
+    arrival. Triton 3.7.1 moved what uses the last load behind it. A store cannot move over the
+    barrier of an arrival, and whether to store, each thread knows from its sum alone. Nobody does:
+    -1 is a NaN that no addition yields (and an address that faults). Not a trap: it is a branch,
+    for which the compiler gives up uniform registers and spills.
+    """
+    gl.inline_asm_elementwise(
+        _HOLD, "=r,r", [part.to(gl.int32, bitcast=True)], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _sum_steps(
     buffers, step, count, total, lost, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr,
     TOKEN_SLOTS: gl.constexpr,
@@ -198,8 +217,10 @@ def _sum_steps(
         acc = gl.zeros([BLOCK_M, 8], gl.float32, layout=_ROWS)
         for piece in gl.static_range(BLOCK_K // 8):
             acc = _add_squares(x_smem.index(slot).slice(8 * piece, 8, dim=1).load(_ROWS), acc)
+        part = gl.sum(acc, axis=1)
+        _hold(part)
         mbarrier.arrive(x_empty.index(slot))
-        total, lost = _add_part(gl.sum(acc, axis=1), total, lost)
+        total, lost = _add_part(part, total, lost)
     return total, lost
 
 
