@@ -44,6 +44,7 @@ class CompileReport:
 
     ``unset``: instructions that read a register which nothing has written (:func:`unset_reads`).
     ``over_barriers``: instructions that keep data where a barrier lies (:func:`over_barriers`).
+    ``pending``: loads that an arrival does not wait for (:func:`pending_loads`).
     On sm_100 a kernel that wants more than 512 columns of tensor memory compiles to a trap, without
     an error: its ``has_mma`` is False.
     """
@@ -58,6 +59,7 @@ class CompileReport:
     tensor_memory_columns: int
     unset: tuple[str, ...]
     over_barriers: tuple[str, ...]
+    pending: tuple[str, ...]
 
 
 def compile(case: CompileCase, arch: int) -> CompileReport:
@@ -85,11 +87,12 @@ def compile(case: CompileCase, arch: int) -> CompileReport:
         has_mma=re.search(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx) is not None,
         tensor_memory_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         unset=unset_reads(sass), over_barriers=over_barriers(sass),
+        pending=pending_loads(sass),
     )  # fmt: skip
 
 
 def _disassemble(cubin: bytes) -> tuple[int, str]:
-    """Registers per thread, SASS."""
+    """Registers per thread, SASS with its encodings."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -99,7 +102,7 @@ def _disassemble(cubin: bytes) -> tuple[int, str]:
             subprocess.run([*command, file.name], check=True, capture_output=True, text=True).stdout
             for command in (
                 (knobs.nvidia.cuobjdump.path, "--dump-resource-usage"),
-                (knobs.nvidia.nvdisasm.path, "-c"),
+                (knobs.nvidia.nvdisasm.path, "-c", "-hex"),
             )
         )
     registers = re.search(r"\bREG:(\d+)", usage)
@@ -160,3 +163,94 @@ def over_barriers(sass: str) -> tuple[str, ...]:
         if ".U8" not in width and places & set(range(first - 7, first + size)):
             found.append(text)
     return tuple(found)
+
+
+# A label, or an instruction and the upper half of its encoding.
+_CODE = re.compile(
+    r"^\s*(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(\S.*?)\s*;\s*/\* 0x\w+ \*/\s+/\* 0x(\w+) \*/", re.M
+)
+_GUARD = r"^(?:@!?U?P\w+\s+)?"
+# A store of one value by all threads, at one address; a load at the beginning of memory + a place.
+_ARGUMENT = re.compile(r"\bSTS\S* \[UR\d+(\+0x[0-9a-f]+)\]")
+_ARGUMENT_LOAD = re.compile(_GUARD + r"LDS\b\S* \S+ \[U?R\d+(\+0x[0-9a-f]+)\]")
+_LEAVES = re.compile(_GUARD + r"(BRA|BRX|JMP|JMX|CALL|RET|EXIT|BREAK)\b")
+
+
+def pending_loads(sass: str) -> tuple[str, ...]:
+    """Loads from shared memory that may be on their way when an mbarrier is arrived at.
+
+    Whoever waits for the mbarrier may overwrite what they read; the copy engine does (it made 2 to
+    4 % of short attention forwards wrong, docs/attention.md). An arrival waits for no load, and one
+    thread arrives for a warp group: before the barrier of threads that comes first, each load's
+    scoreboard must have been waited for, by the wait mask of an instruction, on all ways there.
+
+    Not counted are loads of the arguments of warp groups, to which nothing is copied: loads at a
+    register and a constant, where some store writes at a uniform register and the same constant.
+    Of a tile each thread writes and reads its own part.
+
+    ``sass``: with encodings (``nvdisasm -c -hex``).
+    """
+    if re.search(r"\bSYNCS\.ARRIVE", sass) is None:
+        return ()
+    arguments = set(_ARGUMENT.findall(sass))
+    blocks, labels = _basic_blocks(sass)
+    entered: list[set[tuple[int, str]]] = [set() for _ in blocks]
+    found: set[str] = set()
+    todo = set(range(len(blocks)))
+    while todo:
+        place = todo.pop()
+        left, late = _follow(blocks[place], entered[place], arguments)
+        found |= late
+        for after in _successors(blocks, labels, place):
+            if not left <= entered[after]:
+                entered[after] |= left
+                todo.add(after)
+    return tuple(sorted(found))
+
+
+def _basic_blocks(sass: str) -> tuple[list[list[tuple[str, int]]], dict[str, int]]:
+    """Blocks of instructions with their control bits, and the block that a label begins."""
+    blocks: list[list[tuple[str, int]]] = [[]]
+    labels = {}
+    for label, text, upper in _CODE.findall(sass):
+        if blocks[-1] and (label or _LEAVES.match(blocks[-1][-1][0])):
+            blocks.append([])
+        if label:
+            labels[label] = len(blocks) - 1
+        else:
+            blocks[-1].append((text, int(upper, 16) >> 41))
+    return blocks, labels
+
+
+def _successors(
+    blocks: list[list[tuple[str, int]]], labels: dict[str, int], place: int
+) -> list[int]:
+    last = blocks[place][-1][0] if blocks[place] else ""
+    leaves = _LEAVES.match(last) is not None
+    after = [labels[name] for name in re.findall(r"\.L_\w+", last) if leaves]
+    always = re.match(r"(BRA `|BRX|JMP|JMX|RET|EXIT)", last)
+    return after + [place + 1] * (always is None and place + 1 < len(blocks))
+
+
+def _follow(
+    block: list[tuple[str, int]], pending: set[tuple[int, str]], arguments: set[str]
+) -> tuple[set[tuple[int, str]], set[str]]:
+    """(scoreboard, load) on their way after ``block``, and loads that were at an arrival in it.
+
+    Scoreboard -1: on its way at the last barrier of threads, so perhaps still in another warp.
+    """
+    late = set()
+    for text, control in block:
+        waited, board = control >> 11 & 63, control >> 5 & 7
+        pending = {(b, load) for b, load in pending if b < 0 or not waited >> b & 1}
+        if re.match(_GUARD + r"BAR\.SYNC\b", text):
+            now = {(b, load) for b, load in pending if b >= 0}
+            pending = now | {(-1, load) for _, load in now}
+        if re.search(r"\bSYNCS\.ARRIVE\b", text):
+            late |= {load for _, load in pending}
+        argument = _ARGUMENT_LOAD.match(text)
+        if argument is not None and argument[1] in arguments:
+            continue
+        if re.match(_GUARD + r"LDSM?\b", text) and board < 7:
+            pending.add((board, text))
+    return pending, late

@@ -40,6 +40,7 @@ def test_kernel_compiles(case, arch):
     assert report.shared_bytes <= SHARED_LIMIT[arch]
     assert not report.unset
     assert not report.over_barriers
+    assert not report.pending
     if case.has_dot:
         assert report.has_mma
         assert report.has_wgmma or arch != 90

@@ -1,5 +1,5 @@
 """Faults that are looked for in compiled code: registers nobody has set, as ptxas 12.8 makes it,
-and data where a barrier lies, as Triton lays them out.
+data where a barrier lies, as Triton lays them out, and loads that an arrival does not wait for.
 """
 
 import pytest
@@ -84,3 +84,62 @@ def test_a_barrier_that_nobody_waits_for_gives_its_memory_away(waited):
     signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "WAITED": "constexpr"}
     case = aot.CompileCase("sum", _sum_kernel, signature, {"WAITED": waited}, None, 4, 1, False)
     assert bool(aot.compile(case, 90).over_barriers) != waited
+
+
+# As triton 3.7.1 made it: the load sets scoreboard 1, which the PRMT is the first to wait for.
+LOAD = """
+        /*9ad0*/  LDS.128 R16, [R38+UR10+0x24000] ;  /* 0x0240000a26107984 */
+                                                     /* 0x000e620008000c00 */
+"""
+BARRIER = """
+        /*9ae0*/  BAR.SYNC.DEFER_BLOCKING 0x3, 0x80 ;  /* 0x00c2000000007b1d */
+                                                       /* 0x000fec0000010000 */
+"""
+ARRIVAL = """
+        /*9af0*/  @!P3 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR34+0x38760], RZ ;  /* 0x038760ffffffb9a7 */
+                                                                           /* 0x000fe20008100022 */
+"""
+USE = """
+        /*9b00*/  PRMT R27, R16, 0x7632, R27 ;  /* 0x00007632101b7816 */
+                                                /* 0x002fc4000000001b */
+"""
+STORE = """
+        /*0090*/  STS.128 [UR8+0x24000], R4 ;  /* 0x02400004ff007988 */
+                                               /* 0x000fe20008000c08 */
+"""
+
+
+def branch(guard: str, label: str) -> str:
+    return f"""
+        /*9b10*/  {guard} BRA `(.L_x_{label}) ;  /* 0xfffffff8000c2947 */
+                                                 /* 0x000fea000383ffff */
+"""
+
+
+@pytest.mark.parametrize(
+    ("sass", "found"),
+    [
+        (LOAD + BARRIER + ARRIVAL + USE, True),
+        (LOAD + USE + BARRIER + ARRIVAL, False),
+        # The arriving warp has waited, the others perhaps not.
+        (LOAD + BARRIER + USE + ARRIVAL, True),
+        (LOAD + BARRIER + USE + BARRIER + ARRIVAL, False),
+        # Another scoreboard.
+        (LOAD + USE.replace("0x002f", "0x004f") + BARRIER + ARRIVAL, True),
+        # One way there leaves out what waits; the way back in a loop does.
+        (LOAD + branch("@P0", "1") + USE + ".L_x_1:" + BARRIER + ARRIVAL, True),
+        (".L_x_1:" + BARRIER + ARRIVAL + USE + LOAD + branch("@P0", "1"), True),
+        (LOAD + branch("", "1") + BARRIER + ARRIVAL + ".L_x_1:" + USE, False),
+        # An argument, known by the store of it; an arrival that announces bytes.
+        (STORE + LOAD.replace("R38+UR10", "R38") + BARRIER + ARRIVAL, False),
+        (STORE.replace("UR8", "R8") + LOAD.replace("R38+UR10", "R38") + BARRIER + ARRIVAL, True),
+        (STORE + LOAD + BARRIER + ARRIVAL, True),
+        (LOAD + BARRIER + ARRIVAL.replace(".A1T0", ""), True),
+    ],
+)
+def test_loads_that_an_arrival_does_not_wait_for_are_found(sass, found):
+    assert len(aot.pending_loads(sass)) == found
+
+
+def test_loads_that_an_arrival_does_not_wait_for_are_named():
+    assert aot.pending_loads(LOAD + BARRIER + ARRIVAL) == ("LDS.128 R16, [R38+UR10+0x24000]",)
