@@ -4,9 +4,11 @@
 //   nvcc -std=c++17 -O3 -arch=native --expt-relaxed-constexpr -I csrc benchmarks/assignment_scan.cu
 //   -o scan && ./scan
 //
-// With arguments, FILE B N M, it solves the float32 costs in the file instead of its own. Prints
-// one JSON object per line. Times are medians over repeated runs, from events; the first runs are
-// dropped. Times of the phases of match_rows are of the last run, at the clock the device reports.
+// With arguments, FILE B N M [MANY_ROWS [RUNS]], it solves the float32 costs in the file instead of
+// its own. From MANY_ROWS on clusters bid (Plan::many_rows): a small one lets compute-sanitizer see
+// them in a small problem, and 1 run is enough for it. Prints one JSON object per line. Times are
+// medians over repeated runs, from events; the first runs are dropped. Times of the phases of
+// match_rows are of the last run, at the clock the device reports.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -167,8 +169,8 @@ uint64_t digest_of(const Arguments& a) {
   return digest;
 }
 
-void measure_solve(const std::string& name, const std::vector<float>& cost, int batch, int n,
-                   int m) {
+void measure_solve(const std::string& name, const std::vector<float>& cost, int batch, int n, int m,
+                   int many_rows = kManyRows, int runs = kWarmups + kRuns) {
   Arguments a{};
   a.batch = batch, a.rows = n, a.columns = m, a.cost_bytes = 4, a.vectors = m % 4 == 0;
   float* device_cost = on_device(cost);
@@ -179,10 +181,10 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
   CHECK(cudaMalloc(&a.column_dual, columns * 8));
   CHECK(cudaMalloc(&a.gap, batch * 8));
   CHECK(cudaMalloc(&a.status, batch * 4));
-  const Plan plan = make_plan(batch, a.max_n(), a.max_m(), 227 * 1024, kMostBlocks);
+  const Plan plan = make_plan(batch, a.max_n(), a.max_m(), 227 * 1024, kMostBlocks, many_rows);
   CHECK(cudaMalloc(&a.workspace, plan_workspace(a, plan)));
   std::vector<std::vector<float>> times(kLaunches + 1);
-  for (int run = 0; run < kWarmups + kRuns; ++run) {
+  for (int run = 0; run < runs; ++run) {
     std::vector<cudaEvent_t> events(1);
     CHECK(cudaEventCreate(&events[0]));
     CHECK(cudaEventRecord(events[0]));
@@ -194,7 +196,7 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
       float ms = 0.0f;
       const cudaEvent_t from = k < kLaunches ? events[k] : events[0];
       CHECK(cudaEventElapsedTime(&ms, from, events[k < kLaunches ? k + 1 : kLaunches]));
-      if (run >= kWarmups) times[k].push_back(ms);
+      if (run >= std::min(kWarmups, runs - 1)) times[k].push_back(ms);
     }
     for (cudaEvent_t event : events) CHECK(cudaEventDestroy(event));
   }
@@ -247,7 +249,7 @@ void measure_solve(const std::string& name, const std::vector<float>& cost, int 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 5) {
+  if (argc >= 5) {
     const int batch = std::atoi(argv[2]), n = std::atoi(argv[3]), m = std::atoi(argv[4]);
     std::vector<float> cost(static_cast<size_t>(batch) * n * m);
     std::FILE* file = std::fopen(argv[1], "rb");
@@ -255,7 +257,9 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "%s: no %zu costs in it\n", argv[1], cost.size());
       return 1;
     }
-    measure_solve(argv[1], cost, batch, n, m);
+    const int many_rows = argc > 5 ? std::atoi(argv[5]) : kManyRows;
+    const int runs = argc > 6 ? std::atoi(argv[6]) : kWarmups + kRuns;
+    measure_solve(argv[1], cost, batch, n, m, std::max(many_rows, 1), std::max(runs, 1));
     return 0;
   }
   for (int batch : {4, 32, 128}) {
