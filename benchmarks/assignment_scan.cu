@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "assignment/launch.cuh"
+#include "assignment/searches.cuh"
 
 namespace {
 
@@ -118,7 +119,7 @@ void measure_scan(int batch, int n, int m, int threads) {
 struct TimedLauncher {
   std::vector<cudaEvent_t>* events;
 
-  void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
+  void operator()(Kernel kernel, dim3 grid, int threads, int64_t shared,
                   const Arguments& a, int cluster = 1) const {
     CHECK(launch_kernel(kernel, grid, threads, shared, cluster, nullptr, a));
     cudaEvent_t event;

@@ -221,8 +221,10 @@ __device__ void drop_loose_pairs(const Costs<T>& costs, const Lists<T>& lists, c
   __syncthreads();
 }
 
-template <bool kAlike, class T>
-__device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, Team team) {
+// Its three phases are `its` functions: bid by rows, as of bidding.cuh, bid_columns and
+// drop_loose_pairs.
+template <class T, class Phases>
+__device__ void auction(const Problem<T>& p, Phases its) {
   const Schedule schedule = schedule_for(p.many, p.annealed(), p.n);
   double epsilon = -on_grid(-schedule.first * p.scalars().spread, p.scalars());
   int phases = schedule.phases;
@@ -231,7 +233,7 @@ __device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, 
     const bool last = phases == 1;
     const Schedule::Left leaves = last ? schedule.last : schedule.each;
     int left = wars > 0 ? kWarRounds : kAuctionRounds;
-    const int free = bid<kAlike>(p, s, team, epsilon, left, leaves.free, p.n);
+    const int free = its.bid(epsilon, left, leaves.free, p.n);
     if (wars > 0 && left == 0) {
       const bool war = free > p.n / kWarShare;
       if (war) epsilon *= kWarRise, ++phases;
@@ -239,11 +241,10 @@ __device__ void auction(const Problem<T>& p, const Levels<T>& levels, State& s, 
       continue;
     }
     wars = 0;
-    const bool done =
-        free <= nearly(leaves.free) && bid_columns(p, levels, s, team, epsilon, leaves.priced);
+    const bool done = free <= nearly(leaves.free) && its.bid_columns(epsilon, leaves.priced);
     epsilon = done && !last ? -on_grid(-schedule.fall * epsilon, p.scalars()) : 0.0;
     --phases;
-    drop_loose_pairs(p.costs, p.lists(), s, team, epsilon);
+    its.drop_loose_pairs(epsilon);
   }
 }
 

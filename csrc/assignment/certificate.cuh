@@ -7,7 +7,7 @@
 // v and a.
 #pragma once
 
-#include "searches.cuh"
+#include "warm_start.cuh"
 
 namespace croc::gpu {
 

@@ -19,10 +19,10 @@ inline cudaError_t most_blocks(int device, int& most) {
 
 // How many clusters run at once, each of as many blocks as the grid has along y. A part of a device
 // may have no room for so many blocks side by side. Asked once per kernel and shape.
-inline cudaError_t clusters_at_once(void (*kernel)(Arguments), const cudaLaunchConfig_t& config,
+inline cudaError_t clusters_at_once(Kernel kernel, const cudaLaunchConfig_t& config,
                                     int& fit) {
   static std::mutex lock;
-  using Shape = std::tuple<int, void (*)(Arguments), unsigned, unsigned, size_t>;
+  using Shape = std::tuple<int, Kernel, unsigned, unsigned, size_t>;
   static std::map<Shape, int> known;
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -40,7 +40,7 @@ inline cudaError_t clusters_at_once(void (*kernel)(Arguments), const cudaLaunchC
 
 // `cluster` blocks along the grid's y axis, all of it, are one cluster: fewer where they would wait
 // for each other. No result depends on how many they are.
-inline cudaError_t launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
+inline cudaError_t launch_kernel(Kernel kernel, dim3 grid, int threads, int64_t shared,
                                  int cluster, cudaStream_t stream, const Arguments& arguments) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (shared > kWithoutAsking) {

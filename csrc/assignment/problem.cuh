@@ -68,6 +68,7 @@ struct Arguments {
   unsigned char* workspace;
   int64_t workspace_stride;  // bytes per problem
   int many_rows;             // problems with as many rows begin with an auction, see searches.cuh
+  int groups;                // of columns that a thread of a search keeps, as in Plan
   int ring_places;           // see anneal_ahead.cuh
   int64_t state_bytes;       // of it, for the sequential phases if shared memory is too small
 
@@ -80,6 +81,8 @@ struct Arguments {
     return max_n() >= many_rows ? 0 : quarter < kMostSlots ? quarter : kMostSlots;
   }
 };
+
+using Kernel = void (*)(Arguments);
 
 // Length of an array that is read four entries at a time.
 __host__ __device__ inline int padded(int m) { return (m + 3) / 4 * 4; }

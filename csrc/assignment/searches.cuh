@@ -23,38 +23,71 @@ constexpr int kTogetherRounds = 40;  // with many rows, before
 constexpr int kTogetherFree = 160;   // more free rows than this are auctioned
 
 // A block's problem and its state, for each phase anew: a phase is a function that is not inlined,
-// and so has the registers to itself.
-template <class T, int kGroups, bool kShared>
+// and so has the registers to itself. All that bids is in one for all sizes, since compiling it
+// takes longest.
+template <class T, bool kShared>
 struct Work {
   Problem<T> p;
   State s;
 
   __device__ explicit Work(const Arguments& a) : p(a) {
     CROC_DYNAMIC_SHARED(shared);
-    s.carve(kShared ? shared : p.work.state, a.max_n(), a.max_m(), kGroups, Team::all().size);
+    s.carve(kShared ? shared : p.work.state, a.max_n(), a.max_m(), a.groups, Team::all().size);
   }
 };
 
-// Where rows are alike, phases that bid are functions of their own, called by the usual ones, whose
-// code is as if they were not there.
-template <class T, int kGroups, bool kShared>
-__device__ CROC_NOINLINE int bid_alike(Arguments a, int* left) {
-  Work<T, kGroups, kShared> work(a);
-  return bid<true>(work.p, work.s, Team::alone(), 0.0, *left, kEnoughFree, kForestLeast);
+// Calls a phase that searches with the groups of columns that a thread keeps in registers.
+template <bool kShared, class Phase>
+__device__ auto with_groups(const Arguments& a, Phase phase) {
+  using Few = std::integral_constant<int, kShared ? 1 : 4>;
+  using Many = std::integral_constant<int, kShared ? 4 : 0>;
+  return a.groups == Few::value ? phase(Few()) : phase(Many());
 }
 
-// Bids without an epsilon; returns the number of rows left free, listed in s.list.
-template <class T, int kGroups, bool kShared>
+// Of bids by a team: rounds that are left, and on which page of State the next one's are.
+struct Rounds {
+  int left;
+  bool turned;
+};
+
+template <bool kAlike, class T, bool kShared>
+__device__ CROC_NOINLINE int bid_as(Arguments a, Team team, double epsilon, int enough, int patient,
+                                    Rounds* rounds) {
+  Work<T, kShared> work(a);
+  if (rounds->turned) work.s.turn_page();
+  int left = rounds->left;
+  const int free = bid<kAlike>(work.p, work.s, team, epsilon, left, enough, patient);
+  *rounds = {left, work.s.page < 0};
+  return free;
+}
+
+// Bids of a team with any epsilon; returns the number of rows left free, listed in s.list.
+template <class T, bool kShared>
+__device__ int bid_team(const Arguments& a, bool alike, Team team, double epsilon, int enough,
+                        int patient, Rounds& rounds) {
+  return alike ? bid_as<true, T, kShared>(a, team, epsilon, enough, patient, &rounds)
+               : bid_as<false, T, kShared>(a, team, epsilon, enough, patient, &rounds);
+}
+
+// The same by a block without one. Nearly all problems with few rows need no others: this function
+// is for them alone.
+template <class T, bool kShared>
 __device__ CROC_NOINLINE int bid_free(Arguments a, int* left) {
-  Work<T, kGroups, kShared> work(a);
-  if (work.p.alike()) return bid_alike<T, kGroups, kShared>(a, left);
-  return bid<false>(work.p, work.s, Team::alone(), 0.0, *left, kEnoughFree, kForestLeast);
+  Work<T, kShared> work(a);
+  const Team team = Team::alone();
+  if (!work.p.alike())
+    return bid<false>(work.p, work.s, team, 0.0, *left, kEnoughFree, kForestLeast);
+  Rounds rounds{*left, false};
+  const int free =
+      bid_as<true, T, kShared>(a, team, 0.0, kEnoughFree, kForestLeast, &rounds);
+  *left = rounds.left;
+  return free;
 }
 
 // A forest from all free rows; false if it reaches no unmatched column.
 template <class T, int kGroups, bool kShared, int kNodesAtOnce>
 __device__ CROC_NOINLINE bool grow_forest(Arguments a, int num_free) {
-  const Work<T, kGroups, kShared> work(a);
+  const Work<T, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
   const int wanted = (num_free + 1) / 2;
@@ -70,62 +103,86 @@ __device__ CROC_NOINLINE bool grow_forest(Arguments a, int num_free) {
   return found;
 }
 
-template <class T, int kGroups, bool kShared>
-__device__ CROC_NOINLINE void run_alike(Arguments a) {
-  Work<T, kGroups, kShared> work(a);
-  auction<true>(work.p, work.p.levels(a), work.s, Team::alone());
+template <class T, bool kShared>
+__device__ CROC_NOINLINE bool auction_columns(Arguments a, Team team, double epsilon, int enough) {
+  const Work<T, kShared> work(a);
+  return bid_columns(work.p, work.p.levels(a), work.s, team, epsilon, enough);
 }
 
-template <class T, int kGroups, bool kShared>
-__device__ CROC_NOINLINE void run_auction(Arguments a) {
-  Work<T, kGroups, kShared> work(a);
-  if (work.p.alike()) return run_alike<T, kGroups, kShared>(a);
-  auction<false>(work.p, work.p.levels(a), work.s, Team::alone());
+template <class T, bool kShared>
+__device__ CROC_NOINLINE void drop_pairs(Arguments a, Team team, double epsilon) {
+  const Work<T, kShared> work(a);
+  drop_loose_pairs(work.p.costs, work.p.lists(), work.s, team, epsilon);
+}
+
+// What an auction is made of.
+template <class T, bool kShared>
+struct AuctionPhases {
+  const Arguments& a;
+  Team team;
+  bool alike;
+  Rounds rounds;
+
+  __device__ int bid(double epsilon, int& left, int enough, int patient) {
+    rounds.left = left;
+    const int free = bid_team<T, kShared>(a, alike, team, epsilon, enough, patient, rounds);
+    left = rounds.left;
+    return free;
+  }
+  __device__ bool bid_columns(double epsilon, int enough) const {
+    return auction_columns<T, kShared>(a, team, epsilon, enough);
+  }
+  __device__ void drop_loose_pairs(double epsilon) const {
+    drop_pairs<T, kShared>(a, team, epsilon);
+  }
+};
+
+// `turned`: as of Rounds.
+template <class T, bool kShared>
+__device__ CROC_NOINLINE void run_auction(Arguments a, Team team, bool turned) {
+  const Problem<T> p(a);
+  auction(p, AuctionPhases<T, kShared>{a, team, p.alike(), {0, turned}});
+}
+
+// Whether a column has a price but no row.
+template <class T, bool kShared>
+__device__ CROC_NOINLINE bool any_priced(Arguments a) {
+  const Work<T, kShared> work(a);
+  return collect_priced(work.p.costs, work.s) > 0;
 }
 
 // Bids, and an auction if that leaves too many rows free, by all blocks of a cluster. Searches for
 // so many rows would take far longer.
-template <bool kAlike, class T, int kGroups, bool kShared>
-__device__ void bid_by_all(const Arguments& a, Work<T, kGroups, kShared>& work) {
-  const Problem<T>& p = work.p;
+template <class T, bool kShared>
+__device__ CROC_NOINLINE void bid_together(Arguments a) {
+  const Problem<T> p(a);
   const Team team = Team::all();
   team.wait();  // all have begun: from here on their shared memory may be written
   const int few = min(kTogetherFree, p.n / kAuctionShare);
-  int left = kTogetherRounds;
-  const bool served = bid<kAlike>(p, work.s, team, 0.0, left, kEnoughFree, few) <= few;
-  // Columns with a price but no row are read from the levels later, in a fraction of the time.
-  // Under the annealed start rows that are alike leave many, which an auction settles sooner.
-  const bool expected = kAlike && p.annealed();
-  if (served && !expected && collect_priced(p.costs, work.s) == 0) return;
+  const bool alike = p.alike();
+  Rounds rounds{kTogetherRounds, false};
+  const bool served =
+      bid_team<T, kShared>(a, alike, team, 0.0, kEnoughFree, few, rounds) <= few;
+  // Under the annealed start rows that are alike leave many columns with a price but no row, which
+  // an auction settles sooner. Later such columns are read from their levels, in a fraction of the
+  // time.
+  const bool settled = served && !(alike && p.annealed());
+  if (settled && !any_priced<T, kShared>(a)) return;
   // A problem read through swapped strides has its columns in whole lines already.
-  const Levels<T> levels = p.levels(a, !p.swapped);
   if (!p.swapped) {
-    make_levels(p.costs, levels, team);
+    make_levels(p.costs, p.levels(a, true), team);
     if (team.rank == 0 && threadIdx.x == 0) p.scalars().with_levels = 1;
     team.wait();
   }
-  if (!served || expected) auction<kAlike>(p, levels, work.s, team);
-}
-
-template <class T, int kGroups, bool kShared>
-__device__ CROC_NOINLINE void all_alike(Arguments a) {
-  Work<T, kGroups, kShared> work(a);
-  bid_by_all<true>(a, work);
-}
-
-template <class T, int kGroups, bool kShared>
-__device__ CROC_NOINLINE void bid_together(Arguments a) {
-  Work<T, kGroups, kShared> work(a);
-  if (work.p.alike()) return all_alike<T, kGroups, kShared>(a);
-  bid_by_all<false>(a, work);
+  if (!settled) run_auction<T, kShared>(a, team, rounds.turned);
 }
 
 // Rounds of bids by the priced columns, while a few rows are still free: many find one, or need no
 // price any more, and the paths become shorter. Returns the number of rows left free, listed in
 // s.list.
-template <class T, int kGroups, bool kShared>
+template <class T, bool kShared>
 __device__ CROC_NOINLINE int raise_columns(Arguments a) {
-  const Work<T, kGroups, kShared> work(a);
+  const Work<T, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
   settle_rows(p.costs, s);
@@ -145,7 +202,7 @@ __device__ CROC_NOINLINE int raise_columns(Arguments a) {
 // One shortest path per free row; false if there is none for a row.
 template <class T, int kGroups, bool kShared, bool kVectors, int kNodesAtOnce>
 __device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
-  const Work<T, kGroups, kShared> work(a);
+  const Work<T, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
   count(p.scalars(), kFreeRows, num_free);
@@ -171,7 +228,7 @@ __device__ bool match_free(const Arguments& a, int num_free, bool wide) {
 // there; kWidth: as of ColumnGraph.
 template <class T, int kGroups, bool kShared, bool kLevels, int kWidth>
 __device__ CROC_NOINLINE void release_columns(Arguments a) {
-  const Work<T, kGroups, kShared> work(a);
+  const Work<T, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
   const std::conditional_t<kLevels, LevelGraph<T>, ColumnGraph<T, kWidth>> graph = [&] {
@@ -208,19 +265,22 @@ __device__ void timed(const Arguments& a, Counter which, Phase phase) {
 }
 
 // Bids, and a forest whenever they stall, while that helps; returns the number of rows left free.
-template <class T, int kGroups, bool kShared>
+template <class T, bool kShared>
 __device__ int bid_and_grow(const Arguments& a, bool wide) {
   int left = kBidRounds, num_free = 0;
   const auto bids = [&] {
-    timed(a, kBidTime, [&] { num_free = bid_free<T, kGroups, kShared>(a, &left); });
+    timed(a, kBidTime, [&] { num_free = bid_free<T, kShared>(a, &left); });
   };
   bids();
   for (int misses = 0; misses < kForestMisses && num_free > kForestLeast;) {
     const int before = num_free;
     bool found = false;
     timed(a, kForestTime, [&] {
-      found = wide ? grow_forest<T, kGroups, kShared, kWide<kGroups>>(a, num_free)
-                   : grow_forest<T, kGroups, kShared, kFront>(a, num_free);
+      found = with_groups<kShared>(a, [&](auto groups) {
+        constexpr int kGroups = groups();
+        return wide ? grow_forest<T, kGroups, kShared, kWide<kGroups>>(a, num_free)
+                    : grow_forest<T, kGroups, kShared, kFront>(a, num_free);
+      });
     });
     if (!found) break;
     left = max(left, kAfterForest);
@@ -236,9 +296,9 @@ struct Outline {
   bool many, vectors;
 };
 
-template <class T, int kGroups, bool kShared>
+template <class T, bool kShared>
 __device__ Outline begin(const Arguments& a) {
-  const Work<T, kGroups, kShared> work(a);
+  const Work<T, kShared> work(a);
   if (work.p.n == 0 || (Team::all().rank != 0 && !work.p.many)) return {};
   if (work.p.failed()) return {};
   load_state(work.p, work.s);
@@ -247,40 +307,52 @@ __device__ Outline begin(const Arguments& a) {
   return {work.p.n, work.p.many, work.p.costs.vectors};
 }
 
-// Grid (batch, blocks of a cluster).
 template <class T, int kGroups, bool kShared>
+__device__ void release_all(const Arguments& a, const Outline& outline) {
+  if (outline.many && Problem<T>(a).scalars().with_levels)
+    release_columns<T, kGroups, kShared, true, 4>(a);
+  else if (kGroups == 1 && outline.n <= static_cast<int>(blockDim.x))
+    release_columns<T, kGroups, kShared, false, kGroups == 1 ? 1 : 4>(a);
+  else
+    release_columns<T, kGroups, kShared, false, 4>(a);
+}
+
+// Grid (batch, blocks of a cluster).
+template <class T, bool kShared>
 __global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
-  const Outline outline = begin<T, kGroups, kShared>(a);
+  const Outline outline = begin<T, kShared>(a);
   if (outline.n == 0) return;
   if (outline.many) {
-    timed(a, kAuctionTime, [&] { bid_together<T, kGroups, kShared>(a); });
+    timed(a, kAuctionTime, [&] { bid_together<T, kShared>(a); });
     if (Team::all().rank != 0) return;
   }
-  int num_free = bid_and_grow<T, kGroups, kShared>(a, outline.many);
+  int num_free = bid_and_grow<T, kShared>(a, outline.many);
   if (num_free > kAuctionLeast && num_free > outline.n / kAuctionShare) {
-    timed(a, kAuctionTime, [&] { run_auction<T, kGroups, kShared>(a); });
-    num_free = bid_and_grow<T, kGroups, kShared>(a, outline.many);
+    timed(a, kAuctionTime, [&] { run_auction<T, kShared>(a, Team::alone(), false); });
+    num_free = bid_and_grow<T, kShared>(a, outline.many);
   }
-  timed(a, kRaiseTime, [&] { num_free = raise_columns<T, kGroups, kShared>(a); });
+  timed(a, kRaiseTime, [&] { num_free = raise_columns<T, kShared>(a); });
   bool matched = false;
   timed(a, kPathTime, [&] {
-    matched = outline.vectors ? match_free<T, kGroups, kShared, true>(a, num_free, outline.many)
-                              : match_free<T, kGroups, kShared, false>(a, num_free, outline.many);
+    matched = with_groups<kShared>(a, [&](auto groups) {
+      return outline.vectors ? match_free<T, groups(), kShared, true>(a, num_free, outline.many)
+                             : match_free<T, groups(), kShared, false>(a, num_free, outline.many);
+    });
   });
   if (matched)
     timed(a, kReleaseTime, [&] {
-      if (outline.many && Problem<T>(a).scalars().with_levels)
-        release_columns<T, kGroups, kShared, true, 4>(a);
-      else if (kGroups == 1 && outline.n <= static_cast<int>(blockDim.x))
-        release_columns<T, kGroups, kShared, false, kGroups == 1 ? 1 : 4>(a);
-      else
-        release_columns<T, kGroups, kShared, false, 4>(a);
+      with_groups<kShared>(a, [&](auto groups) { release_all<T, groups(), kShared>(a, outline); });
     });
-  const Work<T, kGroups, kShared> work(a);
+  const Work<T, kShared> work(a);
   if (matched)
     store_state(work.p, work.s);
   else if (threadIdx.x == 0)
     work.p.scalars().status = kInfeasible;
+}
+
+template <class T, bool kShared>
+Kernel matching_kernel() {
+  return match_rows<T, kShared>;
 }
 
 }  // namespace croc::gpu

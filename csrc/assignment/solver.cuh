@@ -2,7 +2,7 @@
 // in assignment.cu and the emulator in tests/cuda_emulation, so that both run the same sequence.
 //
 //   struct Launcher {
-//     void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared, const
+//     void operator()(Kernel kernel, dim3 grid, int threads, int64_t shared, const
 //     Arguments&, int cluster = 1) const;
 //   };
 //
@@ -14,6 +14,7 @@
 
 #include "anneal.cuh"
 #include "certificate.cuh"
+#include "graphs.cuh"
 
 namespace croc::gpu {
 
@@ -59,7 +60,7 @@ inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int mos
   plan.shared = s.carve(nullptr, max_n, max_m, plan.groups, plan.blocks);
   if (plan.groups > 0 && plan.shared <= shared_limit - kStaticShared) return plan;
   plan.shared = 0;
-  if (plan.groups == 1) plan.groups = 4;  // one kernel less to compile
+  if (plan.groups == 1) plan.groups = 4;  // searches less to compile
   // What the blocks of a cluster tell each other is in their shared memory, and takes more of it.
   return plan.blocks > 1 ? make_plan(batch, max_n, max_m, shared_limit, 1, many_rows) : plan;
 }
@@ -67,7 +68,7 @@ inline Plan make_plan(int batch, int max_n, int max_m, int shared_limit, int mos
 // Sets the layout of the workspace; returns its bytes for the whole batch.
 inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
   State s;
-  a.many_rows = plan.many_rows;
+  a.many_rows = plan.many_rows, a.groups = plan.groups;
   a.ring_places = a.cost_bytes == 4 ? plan.ring_places : 0;
   a.state_bytes = plan.shared > 0 ? 0 : s.carve(nullptr, a.max_n(), a.max_m(), plan.groups, 1);
   Workspace w;
@@ -75,12 +76,10 @@ inline int64_t plan_workspace(Arguments& a, const Plan& plan) {
   return a.workspace_stride * a.batch;
 }
 
-template <class T>
-auto matching_kernel(const Plan& plan) -> void (*)(Arguments) {
-  if (plan.groups == 0) return match_rows<T, 0, false>;
-  if (plan.groups == 1) return match_rows<T, 1, true>;
-  return plan.shared > 0 ? match_rows<T, 4, true> : match_rows<T, 4, false>;
-}
+// match_rows, defined in searches.cuh: each is compiled on its own (match_*.cu), which takes longer
+// than all other kernels together.
+template <class T, bool kShared>
+Kernel matching_kernel();
 
 template <class T, class Launcher>
 void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
@@ -110,8 +109,8 @@ void solve(const Launcher& launch, const Arguments& a, const Plan& plan) {
     launch(anneal<T>, dim3(a.batch, plan.anneal), kAnnealThreads,
            int64_t{a.ring_places} * Ring::kBytes, a, plan.anneal);
     launch(nearest_again<T>, rows, kRowThreads, 0, a);
-    launch(matching_kernel<T>(plan), dim3(a.batch, plan.blocks), plan.threads, plan.shared, a,
-           plan.blocks);
+    launch(plan.shared > 0 ? matching_kernel<T, true>() : matching_kernel<T, false>(),
+           dim3(a.batch, plan.blocks), plan.threads, plan.shared, a, plan.blocks);
     launch(measure_slack<T>, rows, kRowThreads, 0, a);
   }
   launch(write_results<T>, problems, kRowThreads, 0, a);

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "searches.cuh"
 #include "solver.cuh"
 
 namespace {
@@ -10,7 +11,7 @@ namespace {
 using namespace croc::gpu;
 
 struct Launcher {
-  void operator()(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared,
+  void operator()(Kernel kernel, dim3 grid, int threads, int64_t shared,
                   const Arguments& a, int cluster = 1) const {
     emulation::launch([=] { kernel(a); }, grid, threads, shared, cluster);
   }
