@@ -53,10 +53,11 @@ bench: build
 plot: $(READY)
 	$(PY) -m benchmarks.plot
 
-# build/lib keeps modules that were deleted or renamed since.
+# build/lib keeps modules that were deleted or renamed since. A wheel is for all chips unless
+# CROC_CUDA_ARCHS says otherwise; other builds are for the GPUs that are there.
 wheel: $(READY)
 	rm -rf build/lib*
-	$(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
+	CROC_CUDA_ARCHS="$${CROC_CUDA_ARCHS-}" $(PY) -m pip wheel --no-build-isolation --no-deps -w dist .
 
 clean:
 	rm -rf build dist *.egg-info croc_kernels/*.so

@@ -8,12 +8,14 @@ becomes a build requirement.
 
 ``CROC_CUDA=ON|OFF`` in the environment decides about the CUDA kernels; without it they are built if
 nvcc is there. ``CROC_CUDA_ARCHS`` names the chips as CMake does, ``"90-real;100-virtual"`` for an
-H100 and PTX; without it they are compiled for all that a wheel serves.
+H100 and PTX. Without it they are those of the GPUs that nvidia-smi lists, and PTX for later ones;
+where it lists none, and with an empty one, all that a wheel serves.
 """
 
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 TORCH = "torch>=2.11,<2.16"
+OLDEST_ARCH = 80  # the kernels use instructions that older chips lack
 
 
 def torch_root() -> Path | None:
@@ -47,6 +50,23 @@ def tool(name: str, directory: str) -> str | None:
         return shutil.which(name)
 
 
+def gpu_archs() -> str:
+    """Chips of this machine's GPUs for CMake, the last one with PTX; "" where none is of use."""
+    if (smi := shutil.which("nvidia-smi")) is None:
+        return ""
+    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    listed = subprocess.run(query, capture_output=True, text=True).stdout
+    found = {int(a + b) for a, b in re.findall(r"^(\d+)\.(\d)$", listed, re.MULTILINE)}
+    *others, last = sorted(arch for arch in found if arch >= OLDEST_ARCH) or [""]
+    return ";".join([*(f"{arch}-real" for arch in others), str(last)])
+
+
+def chosen_archs(cuda: str) -> str:
+    """What CROC_CUDA_ARCHS says; without it this machine's; "": all that a wheel serves."""
+    given = os.environ.get("CROC_CUDA_ARCHS")
+    return given if given is not None else gpu_archs() if cuda == "ON" else ""
+
+
 class CMakeBuild(build_ext):
     """Runs CMake per interpreter and variant in a directory that stays: rebuilds are short."""
 
@@ -64,7 +84,7 @@ class CMakeBuild(build_ext):
             f"-DTORCH_ROOT={root}",
             f"-DCROC_CUDA={cuda}",
             # Empty as well, or CMake remembers those of the build before.
-            f"-DCROC_CUDA_ARCHS={os.environ.get('CROC_CUDA_ARCHS', '')}",
+            f"-DCROC_CUDA_ARCHS={chosen_archs(cuda)}",
         ]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

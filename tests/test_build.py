@@ -120,3 +120,62 @@ def test_build_without_torch_says_what_to_install(setup_module, monkeypatch):
         RuntimeError, match=r'torch must be installed first: pip install "torch>=2.11'
     ):
         command.build_extension(setup_module.Extension("croc_kernels._C", sources=[]))
+
+
+@pytest.fixture
+def nvidia_smi(monkeypatch, tmp_path):
+    """A function that puts an nvidia-smi first on PATH that lists GPUs with such capabilities."""
+
+    def put(*listed: str, exit_code: int = 0) -> None:
+        lines = "".join(f"echo '{line}'\n" for line in listed)
+        asked = "--query-gpu=compute_cap --format=csv,noheader"
+        script = f'#!/bin/sh\n[ "$*" = "{asked}" ] || exit 9\n{lines}exit {exit_code}\n'
+        (tmp_path / "nvidia-smi").write_text(script)
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("listed", "archs"),
+    [
+        pytest.param(["9.0"], "90", id="one"),
+        pytest.param(["9.0", "8.0", "9.0"], "80-real;90", id="two-kinds"),
+        pytest.param(["12.0", "8.6", "10.0"], "86-real;100-real;120", id="by-number"),
+        pytest.param(["7.5", "8.9"], "89", id="one-too-old"),
+        pytest.param(["7.5"], "", id="too-old"),
+        pytest.param(["[N/A]", "Field 'compute_cap' is not valid"], "", id="not-known"),
+    ],
+)
+def test_machine_code_is_for_the_gpus_that_are_there(setup_module, nvidia_smi, listed, archs):
+    nvidia_smi(*listed)
+    assert setup_module.gpu_archs() == archs
+
+
+def test_no_gpu_is_found_without_driver(setup_module, nvidia_smi, monkeypatch, tmp_path):
+    nvidia_smi("NVIDIA-SMI has failed", exit_code=9)
+    assert setup_module.gpu_archs() == ""
+    (tmp_path / "nvidia-smi").unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_module.gpu_archs() == ""
+
+
+@pytest.mark.parametrize(
+    ("cuda", "given", "archs"),
+    [
+        pytest.param("ON", None, "86-real;90", id="gpus"),
+        pytest.param("ON", "", "", id="all"),
+        pytest.param("ON", "80-virtual;100-real", "80-virtual;100-real", id="given"),
+        pytest.param("OFF", None, "", id="no-cuda"),
+    ],
+)
+def test_given_chips_come_before_the_gpus(
+    setup_module, nvidia_smi, monkeypatch, cuda, given, archs
+):
+    nvidia_smi("9.0", "8.6")
+    if given is None:
+        monkeypatch.delenv("CROC_CUDA_ARCHS", raising=False)
+    else:
+        monkeypatch.setenv("CROC_CUDA_ARCHS", given)
+    assert setup_module.chosen_archs(cuda) == archs
