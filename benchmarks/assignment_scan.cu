@@ -119,8 +119,8 @@ void measure_scan(int batch, int n, int m, int threads) {
 struct TimedLauncher {
   std::vector<cudaEvent_t>* events;
 
-  void operator()(Kernel kernel, dim3 grid, int threads, int64_t shared,
-                  const Arguments& a, int cluster = 1) const {
+  void operator()(Kernel kernel, dim3 grid, int threads, int64_t shared, const Arguments& a,
+                  int cluster = 1) const {
     CHECK(launch_kernel(kernel, grid, threads, shared, cluster, nullptr, a));
     cudaEvent_t event;
     CHECK(cudaEventCreate(&event));

@@ -18,8 +18,8 @@ using torch::stable::Tensor;
 struct StreamLauncher {
   cudaStream_t stream;
 
-  void operator()(Kernel kernel, dim3 grid, int threads, int64_t shared,
-                  const Arguments& arguments, int cluster = 1) const {
+  void operator()(Kernel kernel, dim3 grid, int threads, int64_t shared, const Arguments& arguments,
+                  int cluster = 1) const {
     CROC_CUDA_CHECK(launch_kernel(kernel, grid, threads, shared, cluster, stream, arguments));
   }
 };

@@ -19,8 +19,7 @@ inline cudaError_t most_blocks(int device, int& most) {
 
 // How many clusters run at once, each of as many blocks as the grid has along y. A part of a device
 // may have no room for so many blocks side by side. Asked once per kernel and shape.
-inline cudaError_t clusters_at_once(Kernel kernel, const cudaLaunchConfig_t& config,
-                                    int& fit) {
+inline cudaError_t clusters_at_once(Kernel kernel, const cudaLaunchConfig_t& config, int& fit) {
   static std::mutex lock;
   using Shape = std::tuple<int, Kernel, unsigned, unsigned, size_t>;
   static std::map<Shape, int> known;
@@ -40,8 +39,8 @@ inline cudaError_t clusters_at_once(Kernel kernel, const cudaLaunchConfig_t& con
 
 // `cluster` blocks along the grid's y axis, all of it, are one cluster: fewer where they would wait
 // for each other. No result depends on how many they are.
-inline cudaError_t launch_kernel(Kernel kernel, dim3 grid, int threads, int64_t shared,
-                                 int cluster, cudaStream_t stream, const Arguments& arguments) {
+inline cudaError_t launch_kernel(Kernel kernel, dim3 grid, int threads, int64_t shared, int cluster,
+                                 cudaStream_t stream, const Arguments& arguments) {
   constexpr int64_t kWithoutAsking = 48 * 1024;
   if (shared > kWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(

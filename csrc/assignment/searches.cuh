@@ -51,8 +51,8 @@ struct Rounds {
 };
 
 template <bool kAlike, class T, bool kShared>
-__device__ CROC_NOINLINE int bid_as(Arguments a, Team team, double epsilon, int enough, int patient,
-                                    Rounds* rounds) {
+__device__ CROC_NOINLINE int bid_as(const Arguments& a, Team team, double epsilon, int enough,
+                                    int patient, Rounds* rounds) {
   Work<T, kShared> work(a);
   if (rounds->turned) work.s.turn_page();
   int left = rounds->left;
@@ -72,21 +72,20 @@ __device__ int bid_team(const Arguments& a, bool alike, Team team, double epsilo
 // The same by a block without one. Nearly all problems with few rows need no others: this function
 // is for them alone.
 template <class T, bool kShared>
-__device__ CROC_NOINLINE int bid_free(Arguments a, int* left) {
+__device__ CROC_NOINLINE int bid_free(const Arguments& a, int* left) {
   Work<T, kShared> work(a);
   const Team team = Team::alone();
   if (!work.p.alike())
     return bid<false>(work.p, work.s, team, 0.0, *left, kEnoughFree, kForestLeast);
   Rounds rounds{*left, false};
-  const int free =
-      bid_as<true, T, kShared>(a, team, 0.0, kEnoughFree, kForestLeast, &rounds);
+  const int free = bid_as<true, T, kShared>(a, team, 0.0, kEnoughFree, kForestLeast, &rounds);
   *left = rounds.left;
   return free;
 }
 
 // A forest from all free rows; false if it reaches no unmatched column.
 template <class T, int kGroups, bool kShared, int kNodesAtOnce>
-__device__ CROC_NOINLINE bool grow_forest(Arguments a, int num_free) {
+__device__ CROC_NOINLINE bool grow_forest(const Arguments& a, int num_free) {
   const Work<T, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
@@ -104,13 +103,14 @@ __device__ CROC_NOINLINE bool grow_forest(Arguments a, int num_free) {
 }
 
 template <class T, bool kShared>
-__device__ CROC_NOINLINE bool auction_columns(Arguments a, Team team, double epsilon, int enough) {
+__device__ CROC_NOINLINE bool auction_columns(const Arguments& a, Team team, double epsilon,
+                                              int enough) {
   const Work<T, kShared> work(a);
   return bid_columns(work.p, work.p.levels(a), work.s, team, epsilon, enough);
 }
 
 template <class T, bool kShared>
-__device__ CROC_NOINLINE void drop_pairs(Arguments a, Team team, double epsilon) {
+__device__ CROC_NOINLINE void drop_pairs(const Arguments& a, Team team, double epsilon) {
   const Work<T, kShared> work(a);
   drop_loose_pairs(work.p.costs, work.p.lists(), work.s, team, epsilon);
 }
@@ -139,14 +139,14 @@ struct AuctionPhases {
 
 // `turned`: as of Rounds.
 template <class T, bool kShared>
-__device__ CROC_NOINLINE void run_auction(Arguments a, Team team, bool turned) {
+__device__ CROC_NOINLINE void run_auction(const Arguments& a, Team team, bool turned) {
   const Problem<T> p(a);
   auction(p, AuctionPhases<T, kShared>{a, team, p.alike(), {0, turned}});
 }
 
 // Whether a column has a price but no row.
 template <class T, bool kShared>
-__device__ CROC_NOINLINE bool any_priced(Arguments a) {
+__device__ CROC_NOINLINE bool any_priced(const Arguments& a) {
   const Work<T, kShared> work(a);
   return collect_priced(work.p.costs, work.s) > 0;
 }
@@ -154,34 +154,30 @@ __device__ CROC_NOINLINE bool any_priced(Arguments a) {
 // Bids, and an auction if that leaves too many rows free, by all blocks of a cluster. Searches for
 // so many rows would take far longer.
 template <class T, bool kShared>
-__device__ CROC_NOINLINE void bid_together(Arguments a) {
+__device__ CROC_NOINLINE void bid_together(const Arguments& a) {
   const Problem<T> p(a);
   const Team team = Team::all();
   team.wait();  // all have begun: from here on their shared memory may be written
   const int few = min(kTogetherFree, p.n / kAuctionShare);
-  const bool alike = p.alike();
   Rounds rounds{kTogetherRounds, false};
   const bool served =
-      bid_team<T, kShared>(a, alike, team, 0.0, kEnoughFree, few, rounds) <= few;
-  // Under the annealed start rows that are alike leave many columns with a price but no row, which
-  // an auction settles sooner. Later such columns are read from their levels, in a fraction of the
-  // time.
-  const bool settled = served && !(alike && p.annealed());
-  if (settled && !any_priced<T, kShared>(a)) return;
+      bid_team<T, kShared>(a, p.alike(), team, 0.0, kEnoughFree, few, rounds) <= few;
+  // Columns with a price but no row are read from the levels later, in a fraction of the time.
+  if (served && !any_priced<T, kShared>(a)) return;
   // A problem read through swapped strides has its columns in whole lines already.
   if (!p.swapped) {
     make_levels(p.costs, p.levels(a, true), team);
     if (team.rank == 0 && threadIdx.x == 0) p.scalars().with_levels = 1;
     team.wait();
   }
-  if (!settled) run_auction<T, kShared>(a, team, rounds.turned);
+  if (!served) run_auction<T, kShared>(a, team, rounds.turned);
 }
 
 // Rounds of bids by the priced columns, while a few rows are still free: many find one, or need no
 // price any more, and the paths become shorter. Returns the number of rows left free, listed in
 // s.list.
 template <class T, bool kShared>
-__device__ CROC_NOINLINE int raise_columns(Arguments a) {
+__device__ CROC_NOINLINE int raise_columns(const Arguments& a) {
   const Work<T, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
@@ -201,7 +197,7 @@ __device__ CROC_NOINLINE int raise_columns(Arguments a) {
 
 // One shortest path per free row; false if there is none for a row.
 template <class T, int kGroups, bool kShared, bool kVectors, int kNodesAtOnce>
-__device__ CROC_NOINLINE bool match_listed(Arguments a, int num_free) {
+__device__ CROC_NOINLINE bool match_listed(const Arguments& a, int num_free) {
   const Work<T, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
@@ -227,7 +223,7 @@ __device__ bool match_free(const Arguments& a, int num_free, bool wide) {
 // What remains of the reverse pass, one shortest path each. `kLevels`: the columns' levels are
 // there; kWidth: as of ColumnGraph.
 template <class T, int kGroups, bool kShared, bool kLevels, int kWidth>
-__device__ CROC_NOINLINE void release_columns(Arguments a) {
+__device__ CROC_NOINLINE void release_columns(const Arguments& a) {
   const Work<T, kShared> work(a);
   const Problem<T>& p = work.p;
   const State& s = work.s;
@@ -264,28 +260,31 @@ __device__ void timed(const Arguments& a, Counter which, Phase phase) {
   if (Team::all().rank == 0) count(*work.scalars, which, static_cast<int>(clock64() - start));
 }
 
+// A forest by the function for this problem.
+template <class T, bool kShared>
+__device__ bool grow_any(const Arguments& a, int num_free, bool wide) {
+  return with_groups<kShared>(a, [&](auto groups) {
+    constexpr int kGroups = groups();
+    return wide ? grow_forest<T, kGroups, kShared, kWide<kGroups>>(a, num_free)
+                : grow_forest<T, kGroups, kShared, kFront>(a, num_free);
+  });
+}
+
 // Bids, and a forest whenever they stall, while that helps; returns the number of rows left free.
 template <class T, bool kShared>
 __device__ int bid_and_grow(const Arguments& a, bool wide) {
-  int left = kBidRounds, num_free = 0;
-  const auto bids = [&] {
+  int left = kBidRounds, num_free = 0, before = 0, misses = -1;  // -1: no forest yet
+#pragma unroll 1
+  for (;;) {
     timed(a, kBidTime, [&] { num_free = bid_free<T, kShared>(a, &left); });
-  };
-  bids();
-  for (int misses = 0; misses < kForestMisses && num_free > kForestLeast;) {
-    const int before = num_free;
+    const bool missed = misses >= 0 && kForestGain * (before - num_free) < before;
+    misses = missed ? misses + 1 : 0;
+    if (misses == kForestMisses || num_free <= kForestLeast) break;
+    before = num_free;
     bool found = false;
-    timed(a, kForestTime, [&] {
-      found = with_groups<kShared>(a, [&](auto groups) {
-        constexpr int kGroups = groups();
-        return wide ? grow_forest<T, kGroups, kShared, kWide<kGroups>>(a, num_free)
-                    : grow_forest<T, kGroups, kShared, kFront>(a, num_free);
-      });
-    });
+    timed(a, kForestTime, [&] { found = grow_any<T, kShared>(a, num_free, wide); });
     if (!found) break;
     left = max(left, kAfterForest);
-    bids();
-    misses = kForestGain * (before - num_free) >= before ? 0 : misses + 1;
   }
   return num_free;
 }
@@ -319,17 +318,19 @@ __device__ void release_all(const Arguments& a, const Outline& outline) {
 
 // Grid (batch, blocks of a cluster).
 template <class T, bool kShared>
-__global__ void __launch_bounds__(kPathThreads, 1) match_rows(Arguments a) {
+__global__ void __launch_bounds__(kPathThreads, 1) match_rows(const __grid_constant__ Arguments a) {
   const Outline outline = begin<T, kShared>(a);
   if (outline.n == 0) return;
   if (outline.many) {
     timed(a, kAuctionTime, [&] { bid_together<T, kShared>(a); });
     if (Team::all().rank != 0) return;
   }
-  int num_free = bid_and_grow<T, kShared>(a, outline.many);
-  if (num_free > kAuctionLeast && num_free > outline.n / kAuctionShare) {
-    timed(a, kAuctionTime, [&] { run_auction<T, kShared>(a, Team::alone(), false); });
+  int num_free = 0;
+#pragma unroll 1
+  for (bool auctioned = false;; auctioned = true) {
     num_free = bid_and_grow<T, kShared>(a, outline.many);
+    if (auctioned || num_free <= kAuctionLeast || num_free <= outline.n / kAuctionShare) break;
+    timed(a, kAuctionTime, [&] { run_auction<T, kShared>(a, Team::alone(), false); });
   }
   timed(a, kRaiseTime, [&] { num_free = raise_columns<T, kShared>(a); });
   bool matched = false;

@@ -20,6 +20,7 @@
 #define __global__
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define CROC_DYNAMIC_SHARED(name) unsigned char* name = emulation::dynamic_shared()
 
 struct dim3 {

@@ -11,8 +11,8 @@ namespace {
 using namespace croc::gpu;
 
 struct Launcher {
-  void operator()(Kernel kernel, dim3 grid, int threads, int64_t shared,
-                  const Arguments& a, int cluster = 1) const {
+  void operator()(Kernel kernel, dim3 grid, int threads, int64_t shared, const Arguments& a,
+                  int cluster = 1) const {
     emulation::launch([=] { kernel(a); }, grid, threads, shared, cluster);
   }
 };
