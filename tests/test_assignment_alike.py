@@ -83,14 +83,28 @@ def test_copies_whose_nearest_columns_lie_late() -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("m", [1024, 128])
+def test_kinds_whose_costs_are_multiples(m: int) -> None:
+    """Twice the costs differ by one bit each: their rows must not count as the first kind's."""
+    costs = np.random.default_rng(2).random(m) * np.array([1, 2, 4, 0.5, 3])[:, None]
+    cost = costs[np.arange(60) % 5].astype(np.float32)[None]
+    for solution in solve(cost):
+        assert solution.counters[0]["bids"] <= 180
+        assert solution.counters[0]["forests"] == 0
+
+
+@needs_compiler
 def test_copies_in_every_phase() -> None:
-    """Kinds of five rows that keep competing, by clusters of any size."""
-    cost = np.outer(np.arange(150) % 30 + 1.0, np.arange(160) + 1.0).astype(np.float32)[None]
+    """Kinds of five rows that keep competing, by clusters of any size; the second are auctioned."""
+    rng = np.random.default_rng(1)
+    even, uneven = np.arange(30)[:, None] + 1.0, rng.random((30, 1))
+    costs = even * (np.arange(160) + 1.0), uneven * rng.random((1, 160))
+    cost = np.stack([kinds[np.arange(150) % 30].astype(np.float32) for kinds in costs])
     for solution in solve(cost / np.float32(7)):
-        counters = solution.counters[0]
+        first, second = solution.counters
         for phase in ("rounds", "forests", "raise_rounds", "column_scans"):
-            assert counters[phase] > 0, phase
-    assert counters["reverse_rounds"] > 0
+            assert first[phase] > 0, phase
+        assert second["reverse_rounds"] > 0
 
 
 @needs_compiler

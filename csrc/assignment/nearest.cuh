@@ -27,7 +27,7 @@ __device__ void find_nearest(const Problem<T>& p) {
     four(p.work.v, first, v);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      hash = 31 * hash + folded_bits(x[k]);
+      hash = (hash ^ folded_bits(x[k])) * 0x9e3779b1u;
       const double reduced = static_cast<double>(x[k]) - v[k];
       if (reduced <= least) {
         const unsigned mine = rotated(first + k, turn, p.m);
@@ -38,6 +38,8 @@ __device__ void find_nearest(const Problem<T>& p) {
   });
   if (listed) store_list(p.costs, p.lists(), row, nearest);
   const Least found = warp_least({ordered(least), key});
+  // Twice the costs change high bits alone, which a multiplication leaves high.
+  hash ^= hash >> 15;
   hash = __reduce_add_sync(kAllLanes, hash * (2 * static_cast<unsigned>(lane_id()) + 1));
   if (lane_id() != 0) return;
   p.work.row_hash[row] = hash;
