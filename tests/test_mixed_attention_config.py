@@ -95,11 +95,13 @@ def test_config_hopper_forward_is_what_was_measured(dim, length, tiles):
      (4096, 2, 4, 2), (6143, 1, 4, 8), (6144, 1, 4, 4), (8192, 1, 4, 4), (8192, 4, 4, 2)],
 )  # fmt: skip
 def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered, ordered):
+    """With too few programs for statistics ahead."""
     for dim, tiles in config.HOPPER_BACKWARD.items():
         for repeatable, section in ((False, unordered), (True, ordered)):
             picked = config.pick_hopper_backward(
-                90, dim, torch.bfloat16, num_keys, True, True, group=group, ordered=repeatable
-            )
+                90, dim, torch.bfloat16, num_keys, True, True, planes=7, group=group,
+                ordered=repeatable,
+            )  # fmt: skip
             alone = repeatable and dim == 256
             ahead = not repeatable and dim == 128 and num_keys >= (512 if group == 1 else 1024)
             early = ahead or (not repeatable and dim == 256 and num_keys >= 512)
@@ -108,6 +110,44 @@ def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered,
             late = dim == 64 and group == 1 and num_keys >= (6144 if repeatable else 1024)
             assert picked == config.HopperBackwardConfig(*tiles, dealt, ahead, early, late)
             assert picked.constants()["LATE"] == late
+
+
+@pytest.mark.parametrize(
+    ("num_keys", "planes", "group", "unordered", "ordered"),
+    [(511, 4096, 1, None, None), (512, 512, 1, None, (4, 8)), (575, 512, 1, None, (4, 8)),
+     (640, 32, 1, None, None), (640, 128, 1, None, (3, 8)), (640, 512, 1, (3, 8), (3, 8)),
+     (767, 128, 1, None, (3, 8)), (800, 128, 1, (4, 4), (3, 8)), (1024, 128, 1, (2, 8), (2, 8)),
+     (1024, 128, 4, None, (2, 8)), (1200, 32, 1, None, None), (1200, 128, 1, (2, 8), (2, 8)),
+     (1535, 128, 1, (2, 8), (2, 8)), (2048, 128, 1, (2, 4), (2, 8)), (2048, 32, 4, None, (2, 8)),
+     (3072, 128, 1, (2, 2), (2, 4)), (4096, 128, 1, (2, 2), (2, 4)), (4096, 32, 4, None, (2, 2)),
+     (8192, 64, 1, (2, 2), (2, 2)), (8192, 16, 4, None, (2, 2)), (10240, 32, 1, (2, 2), (2, 2)),
+     (12288, 32, 1, None, None)],
+)  # fmt: skip
+def test_config_prepares_statistics_ahead_where_that_gained(
+    num_keys, planes, group, unordered, ordered
+):
+    """Sections ahead, and key heads of each."""
+    for dim in config.HOPPER_BACKWARD:
+        for repeatable, wanted in ((False, unordered), (True, ordered)):
+            picked = config.pick_hopper_backward(
+                90, dim, torch.bfloat16, num_keys, True, True, planes=planes, group=group,
+                ordered=repeatable,
+            )  # fmt: skip
+            assert picked.statistics == (dim == 128 and wanted is not None)
+            if picked.statistics:
+                assert (picked.ahead, picked.section) == wanted
+                assert picked.early
+                assert not picked.late
+            assert picked.ahead <= 1 or picked.statistics
+            assert not (picked.ahead and repeatable) or picked.statistics
+
+
+def test_config_zeroes_ahead_for_many_rows_of_two_tiles():
+    for num_keys, planes, ahead in ((255, 1024, 0), (256, 1024, 1), (256, 1023, 0)):
+        picked = config.pick_hopper_backward(
+            90, 128, torch.bfloat16, num_keys, True, True, planes=planes
+        )
+        assert (picked.ahead, picked.early, picked.section) == (ahead, bool(ahead), 16)
 
 
 def test_config_tma_takes_what_is_aligned_to_sixteen_bytes():

@@ -213,15 +213,18 @@ def test_kernels_finish_puts_the_gradient_of_queries_in_rows(dim, block_m, early
     counts = torch.tensor([0, 0, 0, 0, 0, 3, 3, 0, 0], dtype=torch.int32)
     hopper_backward._finish_kernel[(8,)](
         sums, got, got.stride()[:3], 0.5, length, counts, 3, HEADS=2, GROUP=2, D=dim,
-        BLOCK_M=block_m, TRANSPOSED=transposed, ORDERED=False, EARLY=early,
+        BLOCK_M=block_m, TRANSPOSED=transposed, WAIT=True, EARLY=early,
     )  # fmt: skip
     rows = (tiles.mT if transposed else tiles).reshape(2, 2, 2 * block_m, dim)
     assert torch.equal(got, 0.5 * rows[:, :, :length])
 
 
 @pytest.mark.parametrize("with_lse", [True, False])
-@pytest.mark.parametrize("ahead", [True, False])
-def test_kernels_prepare_marks_rows_that_see_nothing(with_lse, ahead, monkeypatch):
+@pytest.mark.parametrize(("first", "part"), [(6, False), (4, False), (4, True)])
+def test_kernels_prepare_marks_rows_that_see_nothing(with_lse, first, part, monkeypatch):
+    """Of two samples with three heads each: zeros for the first heads, and statistics for all or
+    for those alone.
+    """
     monkeypatch.setattr(hopper_backward, "gdc_launch_dependents", lambda: None)
     length, block_m, dim = 100, 64, 32
     out, grad = (torch.randn(2, length, 3, dim).transpose(1, 2) for _ in range(2))
@@ -231,23 +234,27 @@ def test_kernels_prepare_marks_rows_that_see_nothing(with_lse, ahead, monkeypatc
     blind[1, :, 70:80] = True
     lse = lse.masked_fill(blind, float("-inf"))
     hidden = grad.masked_fill(blind[..., None], float("nan"))
-    stats, sums = torch.full((12, 2, block_m), float("nan")), torch.full((12, 64 * dim), 7.0)
-    dirty, counts = torch.full((2, 2), -1, dtype=torch.int32), torch.full((13,), -1).int()
-    hopper_backward._prepare_kernel[(12,)](
+    stats, sums = torch.full((12, 2, block_m), 3.0), torch.full((12, 64 * dim), 7.0)
+    dirty, counts = torch.full((2, 2), -1).int(), torch.full((25,), -1).int()
+    hopper_backward._prepare_kernel[(2 * (first + 2) if part else 12,)](
         out, hidden, lse, grad_lse, stats, dirty, counts, sums,
-        (*out.stride()[:3], *hidden.stride()[:3], *grad_lse.stride()), length,
-        HEADS=3, D=dim, BLOCK_M=block_m, HAS_GRAD_LSE=with_lse, ORDERED=not ahead,
-        ZEROED=4 * ahead, COUNTED=ahead,
+        (*out.stride()[:3], *hidden.stride()[:3]), length, 6, first,
+        HEADS=3, D=dim, BLOCK_M=block_m, HAS_GRAD_LSE=with_lse, ORDERED=True, PART=part,
+        LAUNCH=True,
     )  # fmt: skip
-    got = stats.reshape(2, 3, 2, 2, block_m).transpose(2, 3).reshape(2, 3, 2, 128)
+    got = stats.reshape(6, 2, 2, block_m).transpose(1, 2).reshape(6, 2, 128)
     want = torch.full((2, 3, 128), float("inf"))
     want[..., :length] = lse.masked_fill(blind, float("inf"))
-    assert torch.equal(got[:, :, 0], want)
     delta = torch.zeros(2, 3, 128)
     delta[..., :length] = (out * grad).sum(-1) - with_lse * config.LOG2_E * grad_lse
-    torch.testing.assert_close(got[:, :, 1], delta.masked_fill(want == float("inf"), 0.0))
+    delta = delta.masked_fill(want == float("inf"), 0.0).flatten(0, 1)
+    made = first if part else 6
+    assert torch.equal(got[:made, 0], want.flatten(0, 1)[:made])
+    torch.testing.assert_close(got[:made, 1], delta[:made])
+    assert (got[made:] == 3.0).all()
     assert dirty.tolist() == [[0, 0], [0, 10]]
-    assert not counts.any()
-    # Two tiles of each of six heads, of which the first four are zeroed here.
-    assert not sums[:8].any()
-    assert (sums[8:] == (7.0 if ahead else 0.0)).all()
+    # What is counted for all six heads, and turns at two tiles of each of the first.
+    assert not counts[: 13 + 2 * first].any()
+    assert (counts[13 + 2 * first :] == -1).all()
+    assert not sums[: 2 * first].any()
+    assert (sums[2 * first :] == 7.0).all()

@@ -160,23 +160,30 @@ def test_order_graph_of_the_unordered_backward_replays(dim):
             assert (got[1] - want[1]).norm() <= 2e-3 * want[1].norm()
 
 
-@pytest.fixture(params=["ahead", "early", "late", "picked"])
+# What keeps the kernels around the backward out of its time, and for D = 64 products that run into
+# the next step; "picked": what gains most.
+OVERLAPS = [(d, how) for d in (64, 128, 256) for how in ("zeros", "early", "picked")]
+OVERLAPS += [(64, "late"), (64, "statistics"), (128, "statistics")]
+overlapping = pytest.mark.parametrize(("dim", "overlap"), OVERLAPS, indirect=["overlap"])
+
+
+@pytest.fixture
 def overlap(request, monkeypatch):
-    """What the kernels around the backward's share of its time, and D = 64 with products that run
-    into the next step, whatever gains most.
-    """
-    late = request.param == "late"
-    if late and request.node.callspec.params["dim"] != 64:
-        pytest.skip("for D = 64 alone")
-    if request.param != "picked":
-        pick = config.pick_hopper_backward
+    how = request.param
+    if how == "picked":
+        return
+    pick = config.pick_hopper_backward
 
-        def forced(*arguments, ordered=False, **options):
-            ahead = request.param == "ahead" and not ordered
-            picked = pick(*arguments, ordered=ordered, **options)
-            return replace(picked, ahead=ahead, early=not ordered, late=late)
+    def forced(*arguments, ordered=False, **options):
+        picked = pick(*arguments, ordered=ordered, **options)
+        statistics = how == "statistics"
+        ahead = 2 if statistics else how == "zeros" and not ordered
+        return replace(
+            picked, ahead=ahead, statistics=statistics, early=statistics or not ordered,
+            late=how == "late",
+        )  # fmt: skip
 
-        monkeypatch.setattr(config, "pick_hopper_backward", forced)
+    monkeypatch.setattr(config, "pick_hopper_backward", forced)
 
 
 def within_rounding(got, want):
@@ -186,7 +193,7 @@ def within_rounding(got, want):
 
 
 @pytest.mark.usefixtures("overlap")
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@overlapping
 @pytest.mark.parametrize(("batch", "heads", "key_heads"), [(1, 1, 1), (2, 6, 3), (3, 20, 20)])
 def test_order_of_adding_changes_no_bit_of_keys_and_values(batch, heads, key_heads, dim):
     """Fewer and more items than programs, one section and several, the last one smaller."""
@@ -200,7 +207,7 @@ def test_order_of_adding_changes_no_bit_of_keys_and_values(batch, heads, key_hea
 
 
 @pytest.mark.usefixtures("overlap")
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@overlapping
 @pytest.mark.parametrize("key_heads", [32, 8])
 def test_order_samples_of_nothing_but_padding(key_heads, dim):
     """Their programs add nothing, and are waited for all the same."""
@@ -213,7 +220,7 @@ def test_order_samples_of_nothing_but_padding(key_heads, dim):
 
 
 @pytest.mark.usefixtures("overlap")
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@overlapping
 def test_order_backwards_on_two_streams_at_once(dim):
     """Programs wait for each other's work in a launch, never for another launch."""
     cases = []

@@ -309,7 +309,7 @@ def mixed_attention_bwd(
     plain_scores = visible_until is None and softcap == 0.0
     hopper = config.pick_hopper_backward(
         arch, dim, q.dtype, k.shape[2], plain_scores, aligned,
-        group=q.shape[1] // k.shape[1], ordered=deterministic,
+        planes=k.shape[0] * k.shape[1], group=q.shape[1] // k.shape[1], ordered=deterministic,
     )  # fmt: skip
     if hopper is not None:
         with on_device(q):

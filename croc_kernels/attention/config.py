@@ -98,25 +98,27 @@ class HopperBackwardConfig:
     """Tiles of the warp-specialised backward kernel, and how many heads' tiles of keys take turns,
     those with most rows first.
 
-    ``ahead``: a spare warp zeroes what the next section's tiles add to, which else the kernel
-    before does. ``early``: the kernel after begins with heads that are done while others are not.
-    ``late``: each product for dK runs into the next tile of rows (D = 64 alone).
+    ``ahead``: spare warps prepare the section so many after theirs: zero what its tiles add to, and
+    with ``statistics`` compute those of its rows, which else the kernel before does. Without it is
+    at most the next. ``early``: the kernel after begins with heads that are done while others are
+    not. ``late``: each product for dK runs into the next tile of rows (D = 64 alone).
     """
 
     block_m: int
     block_n: int
     stages: int
     section: int
-    ahead: bool = False
+    ahead: int = 0
     early: bool = False
     late: bool = False
+    statistics: bool = False
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
             "SECTION": self.section, "AHEAD": self.ahead, "EARLY": self.early,
-            "LATE": self.late,
+            "LATE": self.late, "STATISTICS": self.statistics,
         }  # fmt: skip
 
 
@@ -244,17 +246,44 @@ HOPPER_AHEAD = {(128, False): 512, (128, True): 1024}
 HOPPER_EARLY = HOPPER_AHEAD | {(64, False): 1024, (256, False): 512, (256, True): 512}
 # The same for ``late``, and from how many keys on in order. Measured on an H200.
 HOPPER_LATE = {(64, False): (1024, 2 * HOPPER_LONG[1])}
+# Statistics ahead at D = 128, in order or not: from how many keys on, how many sections ahead, key
+# heads of a section. Not in order they gained only where heads share no keys. Measured on an H100.
+HOPPER_STATISTICS = {
+    False: ((576, 3, 8), (768, 4, 4), (1024, 2, 8), (1536, 2, 4), (HOPPER_LONG[1], 2, 2)),
+    True: ((512, 4, 8), (576, 3, 8), (1024, 2, 8), (HOPPER_LONG[1], 2, 4), (6144, 2, 2)),
+}
+# They lost with more keys, and with fewer programs: not in order, below so many keys, the second.
+HOPPER_STATISTICS_LONGEST = 12288
+HOPPER_STATISTICS_PROGRAMS = (512, 768, 2048)
+
+
+def _statistics(
+    dim: int, num_keys: int, programs: int, group: int, ordered: bool
+) -> tuple[int, int] | None:
+    """Sections that are prepared ahead and key heads of each, None to leave it."""
+    few, short, many = HOPPER_STATISTICS_PROGRAMS
+    least = few if ordered or num_keys >= short else many
+    if dim != 128 or num_keys >= HOPPER_STATISTICS_LONGEST or programs < least:
+        return None
+    if group > 1 and not ordered:
+        return None
+    found = [row[1:] for row in HOPPER_STATISTICS[ordered] if num_keys >= row[0]]
+    if not found:
+        return None
+    ahead, section = found[-1]
+    return ahead, min(section, 2) if group > 1 and num_keys >= HOPPER_LONG[1] else section
 
 
 def _backward_section(dim: int, num_keys: int, group: int, ordered: bool, ahead: bool) -> int:
     """Key heads whose tiles are dealt out together. Measured on an H100, docs/attention.md. In
     order, more heads at a time also wait for more: 4 lost 4 % at 8192 keys with shared heads, 2
-    lost 4 % with D = 256. Zeroing ahead, 16 lost 1 to 4 % against 8.
+    lost 4 % with D = 256. Zeroing ahead, 16 lost 1 to 4 % against 8, but 8 lose where a head has
+    fewer than 4 tiles: there is no time to zero the next section in.
     """
     if ordered and dim == 256:
         return 1
     if num_keys < HOPPER_LONG[1]:
-        return 8 if ahead else 16
+        return 8 if ahead and num_keys >= 512 else 16
     if ordered and group > 1:
         return 2
     return 8 if ordered and num_keys < 2 * HOPPER_LONG[1] else 4
@@ -262,23 +291,32 @@ def _backward_section(dim: int, num_keys: int, group: int, ordered: bool, ahead:
 
 def pick_hopper_backward(
     arch: int, dim: int, dtype: torch.dtype, num_keys: int, plain_scores: bool, aligned: bool,
-    *, group: int = 1, ordered: bool = False,
+    *, planes: int = 128, group: int = 1, ordered: bool = False,
 ) -> HopperBackwardConfig | None:  # fmt: skip
     """Tiles of the warp-specialised backward, or None where the plain kernel has to do.
 
     ``plain_scores``: neither a soft cap nor ``visible_until``; ``aligned``: :func:`tma_aligned`
-    holds for all tensors; ``group``: query heads per key head; ``ordered``: bitwise repeatable.
+    holds for all tensors; ``planes``: key heads of all samples; ``group``: query heads per key
+    head; ``ordered``: bitwise repeatable.
     """
     tiles = HOPPER_BACKWARD.get(dim)
     if arch != 90 or dtype == torch.float32 or not (plain_scores and aligned and tiles):
         return None
+    programs = planes * math.ceil(num_keys / tiles[1])
+    statistics = _statistics(dim, num_keys, programs, group, ordered)
+    if statistics is not None:
+        ahead, section = statistics
+        return HopperBackwardConfig(*tiles, section, ahead, True, False, True)
     ahead, early = (
         not ordered and num_keys >= gained.get((dim, group > 1), math.inf)
         for gained in (HOPPER_AHEAD, HOPPER_EARLY)
     )
+    # Many short rows, of two tiles of keys.
+    if (dim, group, ordered) == (128, 1, False) and programs >= HOPPER_STATISTICS_PROGRAMS[2]:
+        ahead = early = num_keys >= 256
     late = num_keys >= HOPPER_LATE.get((dim, group > 1), (math.inf,) * 2)[ordered]
     section = _backward_section(dim, num_keys, group, ordered, ahead)
-    return HopperBackwardConfig(*tiles, section, ahead, early, late)
+    return HopperBackwardConfig(*tiles, section, int(ahead), early, late)
 
 
 def tma_aligned(x: Tensor) -> bool:

@@ -5,13 +5,16 @@ and descriptors for the copy engine.
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 # Of all warps of a partition.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+# Its name since triton 3.9.
+_PUBLIC: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 # Made once: a launch is short enough for the host to notice.
 _TILES = gl.NVMMASharedLayout(128, 16, 4)
@@ -21,6 +24,27 @@ _TILES = gl.NVMMASharedLayout(128, 16, 4)
 def of_sample(vector, batch):
     """One sample's part of a vector of the mask, which is a pointer and the stride of its batch."""
     return vector[0] + batch.to(gl.int64) * vector[1]
+
+
+@gluon.jit
+def reinterpret(smem, dtype: gl.constexpr, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory, read as something else."""
+    if _PUBLIC:
+        return smem.reinterpret(dtype, shape, layout)
+    else:
+        return smem._reinterpret(dtype, shape, layout)
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr):
+    """As many barriers in shared memory, each for one arrival. Somebody must wait for every one: of
+    others the memory goes to data, over which a GPU that processes take turns on writes the barrier
+    back (aot.over_barriers).
+    """
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(bars.index(i), count=1)
+    return bars
 
 
 def tile_descriptor(x: Tensor, block: int, columns: int = 0) -> TensorDescriptor:

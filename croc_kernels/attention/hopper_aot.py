@@ -5,6 +5,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from ..aot import CompileCase
 from . import config, hopper_backward, hopper_forward
+from .hopper_backward import PIECE
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALIGNED = [["tt.divisibility", 16]]
@@ -16,16 +17,15 @@ SPILLS = {
     "mixed_attention_fwd_hopper-D256-bf16-L1024": 44,
     "mixed_attention_fwd_hopper-D256-bf16-L1536": 72,
     "mixed_attention_fwd_hopper-D256-bf16-L3072": 72,
-    "mixed_attention_bwd_hopper-D128-bf16": 64,
-    "mixed_attention_bwd_hopper-D128-bf16-L256": 64,
-    "mixed_attention_bwd_hopper-D128-fp16": 64,
-    "mixed_attention_bwd_hopper-D128-bf16-group4": 64,
-    "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 64,
-    "mixed_attention_bwd_hopper-D128-bf16-ordered": 64,
+    "mixed_attention_bwd_hopper-D128-bf16-L256": 36,
+    "mixed_attention_bwd_hopper-D128-bf16-group4": 24,
+    "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 72,
+    "mixed_attention_bwd_hopper-D128-bf16-group4-ordered": 56,
+    "mixed_attention_bwd_hopper-D128-bf16-few-ordered": 36,
     "mixed_attention_bwd_hopper-D256-bf16": 80,
     "mixed_attention_bwd_hopper-D256-bf16-L256": 132,
-    "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 144,
-    "mixed_attention_bwd_hopper-D256-bf16-ordered": 80,
+    "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 148,
+    "mixed_attention_bwd_hopper-D256-bf16-ordered": 72,
 }
 
 
@@ -62,26 +62,29 @@ def forward_case(
 
 
 def backward_case(
-    dim: int, dtype: torch.dtype, *, group: int = 1, ordered: bool = False, num_keys: int = 4096
-) -> CompileCase:
-    """The warp-specialised backward kernel as launched for so many keys."""
+    dim: int, dtype: torch.dtype, *, group: int = 1, ordered: bool = False, num_keys: int = 4096,
+    few: bool = False,
+) -> CompileCase:  # fmt: skip
+    """The warp-specialised backward kernel as launched for so many keys, of few heads or many."""
     picked = config.pick_hopper_backward(
-        90, dim, dtype, num_keys, plain_scores=True, aligned=True, group=group, ordered=ordered
-    )
+        90, dim, dtype, num_keys, plain_scores=True, aligned=True, planes=1 if few else 128,
+        group=group, ordered=ordered,
+    )  # fmt: skip
     fn, name = hopper_backward._mixed_attention_bwd_hopper_kernel, _NAMES[dtype]
     row, key = _descriptor(name, picked.block_m, dim), _descriptor(name, picked.block_n, dim)
+    piece = _descriptor(name, PIECE, dim) if picked.statistics else row
     stats = f"tensordesc<fp32{[1, 2 * picked.block_m]},{NVMMASharedLayout(0, 32, 2)!r}>"
-    constants = {"HEADS": 32, "GROUP": group, "D": dim, "ORDERED": ordered}
+    constants = {"HEADS": 32, "GROUP": group, "D": dim, "ORDERED": ordered, "HAS_GRAD_LSE": False}
     constants |= picked.constants()
     signature = {
         "q_desc": row, "k_desc": key, "v_desc": key, "g_desc": row, "stats_desc": stats,
-        "dk_desc": key, "dv_desc": key, "dq_ptr": "*fp32",
-        "bounds": (_VECTOR, _VECTOR, "*i32", "*i32"), "factors": ("fp32", "fp32"),
-        "num_keys": "i32", "num_tiles": "i32",
+        "dk_desc": key, "dv_desc": key, "o_desc": piece, "go_desc": piece,
+        "bounds": (_VECTOR, _VECTOR, "*i32", "*i32"), "inputs": ("*fp32",) * 4,
+        "factors": ("fp32", "fp32"),
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
-    attrs = {(fn.arg_names.index("dq_ptr"),): _ALIGNED}
+    attrs = {(fn.arg_names.index("inputs"), 3): _ALIGNED}
     name = f"mixed_attention_bwd_hopper-D{dim}-{name}" + _suffix(group, num_keys)
-    name += "-ordered" * ordered
+    name += "-few" * few + "-ordered" * ordered
     return CompileCase(
         name, fn, signature, constants, attrs, 8, 1, True, SPILLS.get(name, 0)
     )  # fmt: skip
@@ -95,15 +98,15 @@ def prepare_case(
         90, dim, dtype, num_keys, plain_scores=True, aligned=True, group=group
     )
     fn, pointer = hopper_backward._prepare_kernel, "*" + _NAMES[dtype]
-    constants = {"HEADS": 32, "D": dim, "BLOCK_M": picked.block_m, "HAS_GRAD_LSE": True}
-    counted = picked.ahead or picked.early
-    constants |= {"ORDERED": False, "COUNTED": counted}
-    constants["ZEROED"] = picked.section * group * picked.ahead
+    constants = {
+        "HEADS": 32, "D": dim, "BLOCK_M": picked.block_m, "HAS_GRAD_LSE": True, "ORDERED": False,
+        "PART": picked.statistics, "LAUNCH": True,
+    }  # fmt: skip
     signature = {
         "out_ptr": pointer, "grad_out_ptr": pointer, "lse_ptr": "*fp32", "grad_lse_ptr": "*fp32",
         "stats_ptr": "*fp32", "dirty_ptr": "*i32", "counts_ptr": "*i32",
-        "dq_ptr": "*fp32", "strides": ("i32",) * 9,
-        "num_queries": "i32",
+        "dq_ptr": "*fp32", "strides": ("i32",) * 6,
+        "num_queries": "i32", "heads": "i32", "first_heads": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = {(fn.arg_names.index(n),): _ALIGNED for n in ("out_ptr", "grad_out_ptr", "dq_ptr")}
     name = f"mixed_attention_bwd_prepare-D{dim}" + _suffix(group, num_keys)
@@ -120,7 +123,7 @@ def finish_case(
     fn = hopper_backward._finish_kernel
     constants = {
         "HEADS": 32, "GROUP": group, "D": dim, "BLOCK_M": picked.block_m, "TRANSPOSED": dim >= 128,
-        "ORDERED": False, "EARLY": picked.early,
+        "WAIT": True, "EARLY": picked.early,
     }  # fmt: skip
     signature = {
         "sums_ptr": "*fp32", "dq_ptr": "*" + _NAMES[dtype], "strides": ("i32",) * 3,
@@ -137,11 +140,16 @@ def compile_cases(arch: int) -> list[CompileCase]:
         return []
     bf16, dims = torch.bfloat16, config.HOPPER_BACKWARD
     cases = [backward_case(dim, bf16, ordered=o) for dim in dims for o in (False, True)]
-    cases += [backward_case(128, torch.float16), backward_case(128, bf16, group=4)]
-    cases.append(backward_case(64, bf16, ordered=True, num_keys=8192))
+    cases += [
+        backward_case(128, torch.float16),
+        backward_case(64, bf16, ordered=True, num_keys=8192),
+    ]
+    for ordered in (False, True):
+        cases.append(backward_case(128, bf16, group=4, ordered=ordered))
+        cases.append(backward_case(128, bf16, few=True, ordered=ordered))
     cases += [case(dim, bf16) for dim in dims for case in (prepare_case, finish_case)]
-    # With and without zeros ahead, an early end and late products: of the cases above all have the
-    # second, D = 128 and 64 one each of the others.
+    # With and without statistics or zeros ahead, an early end and late products: of the cases above
+    # D = 128 has the first two, but for few programs in order, D = 64 the last.
     short = ((64, 1, 256), (128, 1, 256), (128, 4, 256), (256, 1, 256), (256, 2, 1024))
     for dim, group, num_keys in short:
         for case in (backward_case, prepare_case, finish_case):

@@ -8,78 +8,81 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .config import LOG2_E, HopperBackwardConfig, by_sample
+from .config import LOG2_E, HopperBackwardConfig, by_sample, tma_aligned
 from .hopper import tile_descriptor
 from .hopper_backward_kernel import _mixed_attention_bwd_hopper_kernel
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 # Made once: a launch is short enough for the host to notice.
 _STATISTICS = gl.NVMMASharedLayout(0, 32, 2)
+# Rows of O, and of dO, in a piece that spare warps bring.
+PIECE = 16
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["num_queries", "heads", "first_heads"])
 def _prepare_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, stats_ptr, dirty_ptr, counts_ptr, dq_ptr,
-    strides, num_queries,
+    strides, num_queries, heads, first_heads,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    ORDERED: tl.constexpr, ZEROED: tl.constexpr, COUNTED: tl.constexpr,
+    ORDERED: tl.constexpr, PART: tl.constexpr, LAUNCH: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (inf for rows that see nothing), delta and zeros for dQ of BLOCK_M rows, last
     tiles first: what the next kernel begins with is then still in the L2. grid = (tiles * B * H,).
 
-    ZEROED: heads of all samples whose dQ is zeroed here, 0 for all. Counts, zeroed: tickets drawn,
-    then with ORDERED whose turn it is at each tile of rows, with COUNTED programs that have zeroed
-    their share of the next section, for each section, and that are done, for each key head.
+    Only the ``first_heads`` of all samples' ``heads`` get zeros, and with PART statistics: then
+    grid = (tiles * (first_heads + B),), the last to look for rows that see nothing, which else are
+    looked for in each sample's first head. Counts (see the next kernel) are zeroed here. LAUNCH:
+    the next kernel may start, and waits where it first reads what this one wrote.
     """
-    if not ORDERED:
+    if LAUNCH:
         gdc_launch_dependents()
-    o_b, o_h, o_l, g_b, g_h, g_l, l_b, l_h, l_l = strides
+    o_b, o_h, o_l, g_b, g_h, g_l = strides
     tiles = tl.cdiv(num_queries, BLOCK_M)
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     tile = program % tiles
     plane = program // tiles
+    if PART:
+        looks = plane >= first_heads
+        plane = tl.where(looks, (plane - first_heads) * HEADS, plane)
     batch, head = tl.cast(plane // HEADS, tl.int64), tl.cast(plane % HEADS, tl.int64)
     first = tl.cast(tile * BLOCK_M, tl.int64)
     offs, cols = tl.arange(0, BLOCK_M), tl.arange(0, D)
     inside = tile * BLOCK_M + offs < num_queries
+    rows = tl.cast(plane, tl.int64) * num_queries + first + offs
+    lse = tl.load(lse_ptr + rows, mask=inside, other=float("-inf"))
+    sees = lse != float("-inf")
+    if head == 0:
+        tl.store(dirty_ptr + batch * tiles + tile, tl.sum((inside & ~sees).to(tl.int32), 0))
+    if PART:
+        if looks:
+            return
     o = out_ptr + batch * o_b + head * o_h + first * o_l + offs[:, None] * o_l + cols[None, :]
     g = grad_out_ptr + batch * g_b + head * g_h + first * g_l + offs[:, None] * g_l + cols[None, :]
     o = tl.load(o, mask=inside[:, None], other=0.0, eviction_policy="evict_first")
     g = tl.load(g, mask=inside[:, None], other=0.0)
     delta = tl.sum(o.to(tl.float32) * g.to(tl.float32), 1)
     if HAS_GRAD_LSE:
-        pointers = grad_lse_ptr + batch * l_b + head * l_h + first * l_l + offs * l_l
-        delta -= tl.load(pointers, mask=inside, other=0.0) * _LOG2_E
-    pointers = lse_ptr + tl.cast(plane, tl.int64) * num_queries + first + offs
-    lse = tl.load(pointers, mask=inside, other=float("-inf"))
-    sees = lse != float("-inf")
+        delta -= tl.load(grad_lse_ptr + rows, mask=inside, other=0.0) * _LOG2_E
     place = tl.cast(program, tl.int64) * (2 * BLOCK_M) + offs
     tl.store(stats_ptr + place, tl.where(sees, lse, float("inf")))
     tl.store(stats_ptr + place + BLOCK_M, tl.where(sees, delta, 0.0))
-    if head == 0:
-        blind = tl.sum((inside & (lse == float("-inf"))).to(tl.int32), 0)
-        tl.store(dirty_ptr + batch * tiles + tile, blind)
-    if ZEROED == 0 or plane < ZEROED:
+    if plane < first_heads:
         sums = tl.cast(program, tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
         tl.store(dq_ptr + sums, tl.zeros([BLOCK_M * D], tl.float32))
-    if COUNTED and tile == 0:
-        # No more sections, and no more key heads, than heads.
-        planes = tl.num_programs(0) // tiles
-        tl.store(counts_ptr + 1 + plane, 0)
-        tl.store(counts_ptr + 1 + planes + plane, 0)
-        if plane == 0:
-            tl.store(counts_ptr, 0)
-    if ORDERED:
-        tl.store(counts_ptr + 1 + program, 0)
-        if program == 0:
-            tl.store(counts_ptr, 0)
+        if ORDERED:
+            tl.store(counts_ptr + 1 + 2 * heads + program, 0)
+    # No more sections, and no more key heads, than heads.
+    if program == 0:
+        for i in range(0, 1 + 2 * heads, 1024):
+            places = i + tl.arange(0, 1024)
+            tl.store(counts_ptr + places, 0 * places, mask=places < 1 + 2 * heads)
 
 
 @triton.jit(do_not_specialize=["num_queries", "key_tiles"])
 def _finish_kernel(
     sums_ptr, dq_ptr, strides, scale, num_queries, counts_ptr, key_tiles,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ORDERED: tl.constexpr, EARLY: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WAIT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_M, D) tile of dQ from fragments in float32; grid = (tiles * B * H,).
 
@@ -107,7 +110,7 @@ def _finish_kernel(
         done = tl.atomic_add(done_ptr, 0, sem="acquire")
         while done < key_tiles:
             done = tl.atomic_add(done_ptr, 0, sem="acquire")
-    elif not ORDERED:
+    elif WAIT:
         gdc_wait()
     x = tl.load(sums_ptr + place, eviction_policy="evict_first") * scale
     # (repetition, 8 columns, warps along columns, along rows, 8 rows, 2 columns, rows 8 apart,
@@ -123,6 +126,16 @@ def _finish_kernel(
     tl.store(pointers, x.to(dq_ptr.dtype.element_ty), mask=(offs < num_queries)[:, None])
 
 
+def _workspace(q: Tensor, planes: int, tiles: int, block_m: int, ordered: bool) -> list[Tensor]:
+    """Statistics of rows, tiles with rows that see nothing, counts, dQ added up in float32."""
+    shapes = (
+        ((planes * tiles, 2 * block_m), torch.float32), ((q.shape[0] * tiles,), torch.int32),
+        ((1 + 2 * planes + planes * tiles * ordered,), torch.int32),
+        ((planes * tiles, block_m * q.shape[3]), torch.float32),
+    )  # fmt: skip
+    return [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in shapes]
+
+
 def hopper_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, row_start: Tensor, row_end: Tensor,
@@ -130,39 +143,42 @@ def hopper_bwd(
 ) -> None:  # fmt: skip
     """Write the gradients of q, k and v to ``grads``."""
     (batch, heads, length, dim), (_, key_heads, num_keys, _) = q.shape, k.shape
-    block_m, block_n = picked.block_m, picked.block_n
+    block_m, block_n, group = picked.block_m, picked.block_n, heads // key_heads
     tiles, key_tiles = triton.cdiv(length, block_m), triton.cdiv(num_keys, block_n)
-    planes, group = batch * heads, heads // key_heads
-    stats = torch.empty((planes * tiles, 2 * block_m), dtype=torch.float32, device=q.device)
-    dirty = torch.empty((batch, tiles), dtype=torch.int32, device=q.device)
-    # The kernel before zeroes them, on the stream and for this launch alone.
-    counted = picked.ahead or picked.early
-    size = 1 + planes * tiles if ordered else (1 + 2 * planes) * counted
-    counts = torch.empty(size, dtype=torch.int32, device=q.device) if size else dirty
-    sums = torch.empty((planes * tiles, block_m * dim), dtype=torch.float32, device=q.device)
-    lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-    # Unless in order, the next two are launched before the one before them ends; each waits for it
+    planes, has_grad_lse = batch * heads, grad_lse is not None
+    stats, dirty, counts, sums = _workspace(q, planes, tiles, block_m, ordered)
+    grad_lse = grad_lse.contiguous() if has_grad_lse else lse
+    # With ``overlap`` the next two are launched before the one before them ends; each waits for it
     # where it first reads what that wrote (griddepcontrol).
-    _prepare_kernel[(planes * tiles,)](
-        out, grad_out, lse, lse if grad_lse is None else grad_lse, stats, dirty, counts, sums,
-        (*out.stride()[:3], *grad_out.stride()[:3], *lse_strides), length,
-        HEADS=heads, D=dim, BLOCK_M=block_m, HAS_GRAD_LSE=grad_lse is not None, ORDERED=ordered,
-        ZEROED=picked.section * group * picked.ahead, COUNTED=counted, num_warps=8,
+    overlap, part = picked.early or not ordered, picked.statistics
+    common = {
+        "HEADS": heads, "D": dim, "BLOCK_M": block_m, "ORDERED": ordered,
+        "HAS_GRAD_LSE": has_grad_lse,
+    }  # fmt: skip
+    first = min(planes, picked.section * group * picked.ahead) if picked.ahead else planes
+    _prepare_kernel[((first + batch if part else planes) * tiles,)](
+        out, grad_out, lse, grad_lse, stats, dirty, counts, sums,
+        (*out.stride()[:3], *grad_out.stride()[:3]), length, planes, first,
+        PART=part, LAUNCH=overlap, **common, num_warps=8,
     )  # fmt: skip
-    bounds = (*zip(*by_sample(row_start, row_end), strict=True), dirty, counts)
     stats_desc = TensorDescriptor(
         stats, list(stats.shape), [2 * block_m, 1], [1, 2 * block_m], _STATISTICS
     )
+    g_desc = tile_descriptor(grad_out, block_m)
+    pieces = (g_desc, g_desc)
+    if part:
+        # O is where the forward put it, which the copy engine reads, unless somebody moved it.
+        rows = out if tma_aligned(out) else out.contiguous()
+        pieces = (tile_descriptor(rows, PIECE), tile_descriptor(grad_out, PIECE))
     _mixed_attention_bwd_hopper_kernel[(key_tiles * batch * key_heads,)](
         tile_descriptor(q, block_m), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
-        tile_descriptor(grad_out, block_m), stats_desc, tile_descriptor(grads[1], block_n),
-        tile_descriptor(grads[2], block_n), sums, bounds,
-        (scale * LOG2_E, scale), num_keys, tiles,
-        HEADS=heads, GROUP=group, D=dim, ORDERED=ordered, num_warps=8,
-        **picked.constants(), launch_pdl=not ordered,
+        g_desc, stats_desc, *(tile_descriptor(x, block_n) for x in grads[1:]), *pieces,
+        (*zip(*by_sample(row_start, row_end), strict=True), dirty, counts),
+        (stats, lse, grad_lse, sums), (scale * LOG2_E, scale),
+        GROUP=group, **common | picked.constants(), num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
     _finish_kernel[(planes * tiles,)](
         sums, grads[0], grads[0].stride()[:3], scale, length, counts, key_tiles,
-        HEADS=heads, GROUP=group, D=dim, BLOCK_M=block_m, TRANSPOSED=dim >= 128, ORDERED=ordered,
-        EARLY=picked.early, num_warps=8, launch_pdl=not ordered,
+        HEADS=heads, GROUP=group, D=dim, BLOCK_M=block_m, TRANSPOSED=dim >= 128, WAIT=overlap,
+        EARLY=picked.early, num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
