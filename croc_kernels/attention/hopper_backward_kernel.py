@@ -159,7 +159,8 @@ def _mixed_attention_bwd_hopper_kernel(
     tiles = (num_keys + BLOCK_N - 1) // BLOCK_N
     heads = gl.num_programs(0) // tiles
     counts_ptr, dq_ptr = bounds[3], inputs[3]
-    if AHEAD:
+    if ORDERED or AHEAD:
+        # Tickets are counted from what the kernel before wrote.
         gdc_wait()
     program = gl.atomic_add(counts_ptr, 1) if ORDERED or AHEAD else gl.program_id(0)
     if not (ORDERED or EARLY):
