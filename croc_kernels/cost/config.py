@@ -69,7 +69,7 @@ class HopperCostConfig:
 
 
 # From offline compilation for each architecture (registers, spills, shared memory); on an H200 the
-# Hopper shapes are the fastest of candidates() (docs/matching.md).
+# Hopper shapes are the fastest of candidates() (docs/matching_trials.md).
 _HOPPER_16 = CostConfig(128, 128, 64, 8, 8, 4, 1)
 _HOPPER_16_SMALL = CostConfig(128, 64, 64, 8, 8, 3, 1)
 _AMPERE_16 = CostConfig(128, 64, 32, 8, 8, 4)
@@ -113,8 +113,8 @@ def pick_config(arch: int, dtype: torch.dtype, rows: int, pool_size: int, dim: i
     return _HOPPER_16 if 3 * large <= 4 * small else _HOPPER_16_SMALL
 
 
-# H100, docs/matching.md: three slots for tokens beat two by 1 %, steps of 128 beat 64 by 17 %,
-# groups of 16 row tiles beat 8 by 1.5 % (128 images; 4 and 33 lose).
+# H100, docs/matching_trials.md: three slots for tokens beat two by 1 %, steps of 128 beat 64 by
+# 17 %, groups of 16 row tiles beat 8 by 1.5 % (128 images; 4 and 33 lose).
 HOPPER = HopperCostConfig(128, 3, 4, 16, 2)
 
 

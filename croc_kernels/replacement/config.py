@@ -20,7 +20,7 @@ class LossConfig:
 
 def pick_loss(element_size: int) -> LossConfig:
     """The shape for operands of at most so many bytes per component: 4 KiB of a row at a time."""
-    # H200, docs/matching.md: 2 rows in place of 4 gain 1 % at 32 x 2048, 1 loses 12 %.
+    # H200, docs/matching_trials.md: 2 rows in place of 4 gain 1 % at 32 x 2048, 1 loses 12 %.
     return LossConfig(4096 // element_size, 4, 2, 8192, 1056)
 
 

@@ -309,7 +309,7 @@ ROWS = 4
 # with 16.
 GRADIENT_ROWS = 8
 # Gradient rows that a sum reads at a time, bytes of each of them, and positions that it reads at
-# most. H200, a trial in docs/matching.md: 76.3 us with 4 KiB at 16 x 1024, 79.7 with 2.
+# most. H200, a trial in docs/matching_trials.md: 76.3 us with 4 KiB at 16 x 1024, 79.7 with 2.
 SUM_ROWS, SUM_BYTES, CHUNK = 4, 4096, 256
 # Pool rows that one program sorts for, tokens that it reads at a time, and drawn tokens likewise.
 # H100, all tokens of 16 x 1024 drew one row: 266 us, 303 with 2048, 128 and 4 warps.

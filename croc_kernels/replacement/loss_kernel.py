@@ -255,10 +255,10 @@ def _loss_gradient_kernel(
 # Rows of the backward kernel's tiles.
 GRADIENT_ROWS = 4
 # Programs and warps of the backward kernel where most calls have nothing to do. H100, a trial in
-# docs/matching.md: 1 us less at 16 x 1024 than 2112 programs of 4 warps.
+# docs/matching_trials.md: 1 us less at 16 x 1024 than 2112 programs of 4 warps.
 CHECK_PROGRAMS, CHECK_WARPS = 264, 16
-# Partial sums read at a time. H200, docs/matching.md: 1.6 us less at 16 x 1024 than 1024. Half of
-# them before sm_90, where so many registers spill.
+# Partial sums read at a time. H200, docs/matching_trials.md: 1.6 us less at 16 x 1024 than 1024.
+# Half of them before sm_90, where so many registers spill.
 REDUCE_BLOCK = 4096
 
 
