@@ -144,10 +144,10 @@ def over_barriers(sass: str) -> tuple[str, ...]:
 
     Triton gives the memory of a barrier that nobody waits for to whatever comes next. That is right
     only once the barrier is invalidated: a GPU that processes take turns on saves and restores
-    barriers as such, and data there come back changed (H200, docs/attention.md). Addresses are
-    compared by their constants alone; one that is invalidated anywhere counts as invalidated. Bytes
-    are left out: by them Triton wakes warps, and their addresses count from the first warp that may
-    sleep.
+    barriers as such, and data there come back changed (H200, docs/attention_trials.md). Addresses
+    are compared by their constants alone; one that is invalidated anywhere counts as invalidated.
+    Bytes are left out: by them Triton wakes warps, and their addresses count from the first warp
+    that may sleep.
     """
     made, ended = (
         {int(place, 16) for place in re.findall(rf"{name} \[[^\]]*\+0x([0-9a-f]+)\]", sass)}
@@ -180,9 +180,9 @@ def pending_loads(sass: str) -> tuple[str, ...]:
     """Loads from shared memory that may be on their way when an mbarrier is arrived at.
 
     Whoever waits for the mbarrier may overwrite what they read; the copy engine does (it made 14 of
-    672 attention forwards wrong, docs/attention.md). An arrival waits for no load, and one thread
-    arrives for a warp group: before the barrier of threads that comes first, each load's scoreboard
-    must have been waited for, by the wait mask of an instruction, on all ways there.
+    672 attention forwards wrong, docs/attention_trials.md). An arrival waits for no load, and one
+    thread arrives for a warp group: before the barrier of threads that comes first, each load's
+    scoreboard must have been waited for, by the wait mask of an instruction, on all ways there.
 
     Not counted are loads of the arguments of warp groups, to which nothing is copied: loads at a
     register and a constant, where some store writes at a uniform register and the same constant.

@@ -1,7 +1,7 @@
 """Tile shapes of the attention kernels: pure functions of chip, head dimension and dtype.
 
 Those of sm_90's forward pass were timed on an H200, the others chosen by compiling without running
-(registers, spills, shared memory): docs/attention.md.
+(registers, spills, shared memory): docs/attention.md, what was timed docs/attention_trials.md.
 """
 
 import math
@@ -203,7 +203,8 @@ def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Backw
 
 
 # (block_n, stages, section, groups, dynamic, skip, registers, keep_q, trust) per head dimension: of
-# short rows, and from each of HOPPER_LONG rows on. Measured on H100 and H200, docs/attention.md.
+# short rows, and from each of HOPPER_LONG rows on. Measured on H100 and H200,
+# docs/attention_trials.md.
 HOPPER_FORWARD = {
     64: (
         (64, 4, 4, 2, False, False, 232, True, True),
@@ -241,7 +242,7 @@ def pick_hopper_forward(
 # three stages 418, 128 rows per tile 367) and D = 128 (three stages: 2 % slower at 1k to 4k).
 HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
 # From how many keys on ``ahead`` with ``early`` gained, or ``early`` alone, by dimension and
-# whether heads share keys. Measured on an H100, D = 256 on an H200, docs/attention.md.
+# whether heads share keys. Measured on an H100, D = 256 on an H200, docs/attention_trials.md.
 HOPPER_AHEAD = {(128, False): 512, (128, True): 1024}
 HOPPER_EARLY = HOPPER_AHEAD | {(64, False): 1024, (256, False): 512, (256, True): 512}
 # The same for ``late``, and from how many keys on in order. Measured on an H200.
@@ -275,8 +276,8 @@ def _statistics(
 
 
 def _backward_section(dim: int, num_keys: int, group: int, ordered: bool, ahead: bool) -> int:
-    """Key heads whose tiles are dealt out together. Measured on an H100, docs/attention.md. In
-    order, more heads at a time also wait for more: 4 lost 4 % at 8192 keys with shared heads, 2
+    """Key heads whose tiles are dealt out together. Measured on an H100, docs/attention_trials.md.
+    In order, more heads at a time also wait for more: 4 lost 4 % at 8192 keys with shared heads, 2
     lost 4 % with D = 256. Zeroing ahead, 16 lost 1 to 4 % against 8, but 8 lose where a head has
     fewer than 4 tiles: there is no time to zero the next section in.
     """
