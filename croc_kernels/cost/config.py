@@ -68,8 +68,7 @@ class HopperCostConfig:
         }
 
 
-# From offline compilation for each architecture (registers, spills, shared memory); on an H200 the
-# Hopper shapes are the fastest of candidates() (docs/matching_trials.md).
+# From offline compilation for each architecture: registers, spills, shared memory.
 _HOPPER_16 = CostConfig(128, 128, 64, 8, 8, 4, 1)
 _HOPPER_16_SMALL = CostConfig(128, 64, 64, 8, 8, 3, 1)
 _AMPERE_16 = CostConfig(128, 64, 32, 8, 8, 4)
