@@ -1,5 +1,6 @@
 """What the backward for Hopper prepares before it multiplies: a kernel before does, or spare warps
-for a later section of heads. Who does changes no bit.
+for a later section of heads. Who does changes no bit of what these tests give it (strides that are
+multiples of 16 elements).
 """
 
 from dataclasses import replace

@@ -22,6 +22,9 @@ SPILLS = {
     "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 72,
     "mixed_attention_bwd_hopper-D128-bf16-group4-ordered": 56,
     "mixed_attention_bwd_hopper-D128-bf16-few-ordered": 36,
+    "mixed_attention_bwd_hopper-D128-bf16-lse": 16,
+    "mixed_attention_bwd_hopper-D128-bf16-ordered-lse": 16,
+    "mixed_attention_bwd_hopper-D128-bf16-group4-ordered-lse": 72,
     "mixed_attention_bwd_hopper-D256-bf16": 80,
     "mixed_attention_bwd_hopper-D256-bf16-L256": 132,
     "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 148,
@@ -63,7 +66,7 @@ def forward_case(
 
 def backward_case(
     dim: int, dtype: torch.dtype, *, group: int = 1, ordered: bool = False, num_keys: int = 4096,
-    few: bool = False,
+    few: bool = False, grad_lse: bool = False,
 ) -> CompileCase:  # fmt: skip
     """The warp-specialised backward kernel as launched for so many keys, of few heads or many."""
     picked = config.pick_hopper_backward(
@@ -74,8 +77,8 @@ def backward_case(
     row, key = _descriptor(name, picked.block_m, dim), _descriptor(name, picked.block_n, dim)
     piece = _descriptor(name, PIECE, dim) if picked.statistics else row
     stats = f"tensordesc<fp32{[1, 2 * picked.block_m]},{NVMMASharedLayout(0, 32, 2)!r}>"
-    constants = {"HEADS": 32, "GROUP": group, "D": dim, "ORDERED": ordered, "HAS_GRAD_LSE": False}
-    constants |= picked.constants()
+    constants = {"HEADS": 32, "GROUP": group, "D": dim, "ORDERED": ordered}
+    constants |= {"HAS_GRAD_LSE": grad_lse} | picked.constants()
     signature = {
         "q_desc": row, "k_desc": key, "v_desc": key, "g_desc": row, "stats_desc": stats,
         "dk_desc": key, "dv_desc": key, "o_desc": piece, "go_desc": piece,
@@ -84,16 +87,16 @@ def backward_case(
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = {(fn.arg_names.index("inputs"), 3): _ALIGNED}
     name = f"mixed_attention_bwd_hopper-D{dim}-{name}" + _suffix(group, num_keys)
-    name += "-few" * few + "-ordered" * ordered
+    name += "-few" * few + "-ordered" * ordered + "-lse" * grad_lse
     return CompileCase(
         name, fn, signature, constants, attrs, 8, 1, True, SPILLS.get(name, 0)
     )  # fmt: skip
 
 
 def prepare_case(
-    dim: int, dtype: torch.dtype, *, group: int = 1, num_keys: int = 4096
+    dim: int, dtype: torch.dtype, *, group: int = 1, num_keys: int = 4096, aligned: bool = True
 ) -> CompileCase:
-    """The kernel before it."""
+    """The kernel before it; rows are ``aligned`` where strides are multiples of 16 elements."""
     picked = config.pick_hopper_backward(
         90, dim, dtype, num_keys, plain_scores=True, aligned=True, group=group
     )
@@ -109,7 +112,10 @@ def prepare_case(
         "num_queries": "i32", "heads": "i32", "first_heads": "i32",
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = {(fn.arg_names.index(n),): _ALIGNED for n in ("out_ptr", "grad_out_ptr", "dq_ptr")}
+    if aligned:
+        attrs |= {(fn.arg_names.index("strides"), i): _ALIGNED for i in range(6)}
     name = f"mixed_attention_bwd_prepare-D{dim}" + _suffix(group, num_keys)
+    name += "-unaligned" * (not aligned)
     return CompileCase(name, fn, signature, constants, attrs, 8, 3, False)
 
 
@@ -147,7 +153,11 @@ def compile_cases(arch: int) -> list[CompileCase]:
     for ordered in (False, True):
         cases.append(backward_case(128, bf16, group=4, ordered=ordered))
         cases.append(backward_case(128, bf16, few=True, ordered=ordered))
+        # Only where statistics are prepared ahead does this kernel ask for it.
+        cases.append(backward_case(128, bf16, ordered=ordered, grad_lse=True))
+    cases.append(backward_case(128, bf16, group=4, ordered=True, grad_lse=True))
     cases += [case(dim, bf16) for dim in dims for case in (prepare_case, finish_case)]
+    cases += [prepare_case(dim, bf16, aligned=False) for dim in dims]
     # With and without statistics or zeros ahead, an early end and late products: of the cases above
     # D = 128 has the first two, but for few programs in order, D = 64 the last.
     short = ((64, 1, 256), (128, 1, 256), (128, 4, 256), (256, 1, 256), (256, 2, 1024))

@@ -146,6 +146,11 @@ def hopper_bwd(
     block_m, block_n, group = picked.block_m, picked.block_n, heads // key_heads
     tiles, key_tiles = triton.cdiv(length, block_m), triton.cdiv(num_keys, block_n)
     planes, has_grad_lse = batch * heads, grad_lse is not None
+    # Copies before the first launch: the next kernel is launched early behind that one, and reads
+    # the bounds before it waits. O is where the forward put it, unless somebody moved it.
+    bounds = tuple(zip(*by_sample(row_start, row_end), strict=True))
+    if not tma_aligned(out):
+        out = out.clone(memory_format=torch.contiguous_format)
     stats, dirty, counts, sums = _workspace(q, planes, tiles, block_m, ordered)
     grad_lse = grad_lse.contiguous() if has_grad_lse else lse
     # With ``overlap`` the next two are launched before the one before them ends; each waits for it
@@ -167,13 +172,11 @@ def hopper_bwd(
     g_desc = tile_descriptor(grad_out, block_m)
     pieces = (g_desc, g_desc)
     if part:
-        # O is where the forward put it, which the copy engine reads, unless somebody moved it.
-        rows = out if tma_aligned(out) else out.contiguous()
-        pieces = (tile_descriptor(rows, PIECE), tile_descriptor(grad_out, PIECE))
+        pieces = (tile_descriptor(out, PIECE), tile_descriptor(grad_out, PIECE))
     _mixed_attention_bwd_hopper_kernel[(key_tiles * batch * key_heads,)](
         tile_descriptor(q, block_m), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
         g_desc, stats_desc, *(tile_descriptor(x, block_n) for x in grads[1:]), *pieces,
-        (*zip(*by_sample(row_start, row_end), strict=True), dirty, counts),
+        (*bounds, dirty, counts),
         (stats, lse, grad_lse, sums), (scale * LOG2_E, scale),
         GROUP=group, **common | picked.constants(), num_warps=8, launch_pdl=overlap,
     )  # fmt: skip

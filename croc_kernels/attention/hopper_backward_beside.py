@@ -34,8 +34,9 @@ def _after(plane, row, rows, PIECE: gl.constexpr):
 
 @gluon.jit
 def _row_sums(o_tile, g_tile, D: gl.constexpr, layout: gl.constexpr):
-    """Sums of the products of rows of two tiles, in the order of additions of ``_prepare_kernel``.
-    Four lanes share a row, 64 columns at a time: what there are registers for.
+    """Sums of the products of rows of two tiles, in the order of additions of ``_prepare_kernel``
+    where Triton knows that rows begin at multiples of 16 elements. Four lanes share a row, 64
+    columns at a time: what there are registers for.
     """
     gl.static_assert(D <= 128)
     ROWS: gl.constexpr = o_tile.shape[0]

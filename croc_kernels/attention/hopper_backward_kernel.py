@@ -154,6 +154,11 @@ def _mixed_attention_bwd_hopper_kernel(
     have: zeros, with STATISTICS those of rows too. Who is waited for has drawn a ticket before, so
     it is running or done. With EARLY the kernel after counts the programs that are done.
     """
+    if STATISTICS:
+        gl.static_assert(AHEAD > 0)
+    else:
+        # The turnstile zeroes the next section alone, and no turns.
+        gl.static_assert(AHEAD <= 1 - ORDERED)
     num_keys = k_desc.shape[2]
     num_tiles = (q_desc.shape[2] + BLOCK_M - 1) // BLOCK_M
     tiles = (num_keys + BLOCK_N - 1) // BLOCK_N
