@@ -9,7 +9,8 @@ becomes a build requirement.
 ``CROC_CUDA=ON|OFF`` in the environment decides about the CUDA kernels; without it they are built if
 nvcc is there. ``CROC_CUDA_ARCHS`` names the chips as CMake does, ``"90-real;100-virtual"`` for an
 H100 and PTX. Without it they are those of the GPUs that nvidia-smi lists, and PTX for later ones;
-where it lists none, and with an empty one, all that a wheel serves.
+where it lists none or one that nvcc does not know, and with an empty one, all that a wheel serves.
+A wheel for others is therefore built with an empty one (``make wheel``).
 """
 
 import importlib
@@ -28,6 +29,7 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 TORCH = "torch>=2.11,<2.16"
 OLDEST_ARCH = 80  # the kernels use instructions that older chips lack
+CLUSTER_ARCH = 90  # the first with clusters
 
 
 def torch_root() -> Path | None:
@@ -50,15 +52,28 @@ def tool(name: str, directory: str) -> str | None:
         return shutil.which(name)
 
 
-def gpu_archs() -> str:
-    """Chips of this machine's GPUs for CMake, the last one with PTX; "" where none is of use."""
-    if (smi := shutil.which("nvidia-smi")) is None:
+def listed_by(program: str, *arguments: str) -> str:
+    """What a program on PATH prints; "" where it is missing, fails to start or hangs."""
+    try:
+        run = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
         return ""
-    query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    listed = subprocess.run(query, capture_output=True, text=True).stdout
+    return run.stdout
+
+
+def gpu_archs() -> str:
+    """Chips of this machine's GPUs for CMake, and PTX for later ones; "" where none is of use, or
+    nvcc does not know one of them.
+    """
+    listed = listed_by("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     found = {int(a + b) for a, b in re.findall(r"^(\d+)\.(\d)$", listed, re.MULTILINE)}
-    *others, last = sorted(arch for arch in found if arch >= OLDEST_ARCH) or [""]
-    return ";".join([*(f"{arch}-real" for arch in others), str(last)])
+    found = {arch for arch in found if arch >= OLDEST_ARCH}
+    known = re.findall(r"^compute_(\d+)$", listed_by("nvcc", "--list-gpu-arch"), re.MULTILINE)
+    if not found or not found <= {int(arch) for arch in known}:
+        return ""
+    # Clusters of blocks are in the code for sm_90 and later alone.
+    newest = max(found | {CLUSTER_ARCH})
+    return ";".join([*(f"{arch}-real" for arch in sorted(found)), f"{newest}-virtual"])
 
 
 def chosen_archs(cuda: str) -> str:

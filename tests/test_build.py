@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -124,7 +125,12 @@ def test_build_without_torch_says_what_to_install(setup_module, monkeypatch):
 
 @pytest.fixture
 def nvidia_smi(monkeypatch, tmp_path):
-    """A function that puts an nvidia-smi first on PATH that lists GPUs with such capabilities."""
+    """A function that puts an nvidia-smi first on PATH that lists GPUs with such capabilities;
+    beside it is an nvcc that knows chips up to sm_121.
+    """
+    nvcc = "".join(f"echo compute_{arch}\n" for arch in (75, 80, 86, 89, 90, 100, 103, 120, 121))
+    (tmp_path / "nvcc").write_text(f'#!/bin/sh\n[ "$*" = --list-gpu-arch ] || exit 9\n{nvcc}')
+    (tmp_path / "nvcc").chmod(0o755)
 
     def put(*listed: str, exit_code: int = 0) -> None:
         lines = "".join(f"echo '{line}'\n" for line in listed)
@@ -140,10 +146,14 @@ def nvidia_smi(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("listed", "archs"),
     [
-        pytest.param(["9.0"], "90", id="one"),
-        pytest.param(["9.0", "8.0", "9.0"], "80-real;90", id="two-kinds"),
-        pytest.param(["12.0", "8.6", "10.0"], "86-real;100-real;120", id="by-number"),
-        pytest.param(["7.5", "8.9"], "89", id="one-too-old"),
+        pytest.param(["9.0"], "90-real;90-virtual", id="one"),
+        pytest.param(["9.0", "8.0", "9.0"], "80-real;90-real;90-virtual", id="two-kinds"),
+        pytest.param(
+            ["12.0", "8.6", "10.0"], "86-real;100-real;120-real;120-virtual", id="by-number"
+        ),
+        # PTX for later chips is not of one without clusters.
+        pytest.param(["7.5", "8.9"], "89-real;90-virtual", id="one-too-old"),
+        pytest.param(["9.0", "13.0"], "", id="nvcc-too-old"),
         pytest.param(["7.5"], "", id="too-old"),
         pytest.param(["[N/A]", "Field 'compute_cap' is not valid"], "", id="not-known"),
     ],
@@ -156,15 +166,28 @@ def test_machine_code_is_for_the_gpus_that_are_there(setup_module, nvidia_smi, l
 def test_no_gpu_is_found_without_driver(setup_module, nvidia_smi, monkeypatch, tmp_path):
     nvidia_smi("NVIDIA-SMI has failed", exit_code=9)
     assert setup_module.gpu_archs() == ""
+    (tmp_path / "nvidia-smi").chmod(0o644)
+    assert setup_module.gpu_archs() == ""
     (tmp_path / "nvidia-smi").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup_module.gpu_archs() == ""
+
+
+def test_no_gpu_is_found_by_a_driver_that_hangs(setup_module, nvidia_smi, monkeypatch):
+    nvidia_smi("9.0")
+
+    def hang(command, *, timeout, **_options):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    assert setup_module.gpu_archs() != ""
+    monkeypatch.setattr(subprocess, "run", hang)
     assert setup_module.gpu_archs() == ""
 
 
 @pytest.mark.parametrize(
     ("cuda", "given", "archs"),
     [
-        pytest.param("ON", None, "86-real;90", id="gpus"),
+        pytest.param("ON", None, "86-real;90-real;90-virtual", id="gpus"),
         pytest.param("ON", "", "", id="all"),
         pytest.param("ON", "80-virtual;100-real", "80-virtual;100-real", id="given"),
         pytest.param("OFF", None, "", id="no-cuda"),

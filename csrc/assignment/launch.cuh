@@ -18,7 +18,9 @@ inline cudaError_t most_blocks(int device, int& most) {
 }
 
 // How many clusters run at once, each of as many blocks as the grid has along y. A part of a device
-// may have no room for so many blocks side by side. Asked once per kernel and shape.
+// may have no room for so many blocks side by side. None of a kernel that the driver made of PTX for
+// an older chip: its blocks do not wait for each other (CROC_CLUSTERS). Asked once per kernel and
+// shape.
 inline cudaError_t clusters_at_once(Kernel kernel, const cudaLaunchConfig_t& config, int& fit) {
   static std::mutex lock;
   using Shape = std::tuple<int, Kernel, unsigned, unsigned, size_t>;
@@ -32,7 +34,11 @@ inline cudaError_t clusters_at_once(Kernel kernel, const cudaLaunchConfig_t& con
     fit = place->second;
     return cudaSuccess;
   }
-  error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
+  cudaFuncAttributes compiled{};
+  error = cudaFuncGetAttributes(&compiled, kernel);
+  fit = 0;
+  if (error == cudaSuccess && compiled.ptxVersion >= 90)
+    error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
   if (error == cudaSuccess) known[shape] = fit;
   return error;
 }
