@@ -34,7 +34,9 @@ def force(monkeypatch):
     def to(section, ahead, statistics):
         def forced(*arguments, **options):
             picked = pick(*arguments, **options)
-            return replace(picked, section=section, ahead=ahead, statistics=statistics, early=True)
+            return replace(
+                picked, section=section, ahead=ahead, statistics=statistics, early=True, whole=False
+            )
 
         monkeypatch.setattr(config, "pick_hopper_backward", forced)
 

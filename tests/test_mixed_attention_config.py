@@ -89,7 +89,7 @@ def test_config_hopper_forward_is_what_was_measured(dim, length, tiles):
 
 @pytest.mark.parametrize(
     ("num_keys", "group", "unordered", "ordered"),
-    [(128, 1, 16, 16), (511, 1, 16, 16), (512, 1, 16, 16), (512, 4, 16, 16), (1023, 2, 16, 16),
+    [(129, 1, 16, 16), (511, 1, 16, 16), (512, 1, 16, 16), (512, 4, 16, 16), (1023, 2, 16, 16),
      (1024, 1, 16, 16), (1024, 4, 16, 16), (1535, 1, 16, 16), (1535, 2, 16, 16), (1536, 1, 16, 16),
      (1536, 2, 16, 16), (2048, 1, 16, 16), (3071, 4, 16, 16), (3072, 1, 4, 8), (4096, 1, 4, 8),
      (4096, 2, 4, 2), (6143, 1, 4, 8), (6144, 1, 4, 4), (8192, 1, 4, 4), (8192, 4, 4, 2)],
@@ -140,6 +140,23 @@ def test_config_prepares_statistics_ahead_where_that_gained(
                 assert not picked.late
             assert picked.ahead <= 1 or picked.statistics
             assert not (picked.ahead and repeatable) or picked.statistics
+
+
+@pytest.mark.parametrize("dim", config.HOPPER_BACKWARD)
+def test_config_adds_nothing_up_where_one_tile_holds_all_keys(dim):
+    """However many heads share it, in order or not: the same kernel."""
+    tiles = config.HOPPER_BACKWARD[dim]
+    assert tiles[1] == (64 if dim == 256 else 128)
+    shared = ((1, False, 1), (4, False, 4096), (1, True, 4096), (4, True, 1))
+    for num_keys in (1, 63, 64, 65, 100, 127, 128, 129, 4096):
+        for group, ordered, planes in shared:
+            picked = config.pick_hopper_backward(
+                90, dim, torch.float16, num_keys, True, True, planes=planes, group=group,
+                ordered=ordered,
+            )  # fmt: skip
+            assert picked.whole == picked.constants()["WHOLE"] == (num_keys <= tiles[1])
+            if picked.whole:
+                assert picked == config.HopperBackwardConfig(*tiles, 1, whole=True)
 
 
 def test_config_zeroes_ahead_for_many_rows_of_two_tiles():

@@ -26,7 +26,7 @@ def late(monkeypatch):
     def choose(wanted):
         def picked(*arguments, **options):
             found = pick(*arguments, **options)
-            taken.append(found and replace(found, late=wanted))
+            taken.append(found and replace(found, late=wanted, whole=False))
             return taken[-1]
 
         monkeypatch.setattr(config, "pick_hopper_backward", picked)

@@ -8,7 +8,7 @@ from croc_kernels.attention import config, hopper_backward
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The kernels launched, and what was copied for them, in order: (name, arguments)."""
+    """The kernels launched, and what was copied for them, in order: (name, arguments, options)."""
     found = []
 
     class Recorder:
@@ -16,14 +16,14 @@ def launched(monkeypatch):
             self.name = name
 
         def __getitem__(self, _grid):
-            return lambda *arguments, **_options: found.append((self.name, arguments))
+            return lambda *arguments, **options: found.append((self.name, arguments, options))
 
     for name in ("_prepare_kernel", "_mixed_attention_bwd_hopper_kernel", "_finish_kernel"):
         monkeypatch.setattr(hopper_backward, name, Recorder(name.strip("_")))
     by_sample = config.by_sample
 
     def recorded(*vectors):
-        found.append(("bounds", vectors))
+        found.append(("bounds", vectors, {}))
         return by_sample(*vectors)
 
     monkeypatch.setattr(hopper_backward, "by_sample", recorded)
@@ -38,7 +38,7 @@ def moved(x, how):
 
 
 @pytest.mark.parametrize("how", ["as it was", "odd", "columns"])
-@pytest.mark.parametrize("num_keys", [128, 1024])
+@pytest.mark.parametrize("num_keys", [128, 256, 1024])
 def test_launches_read_one_copy_of_an_output_that_was_moved(launched, num_keys, how):
     """Rows of 16 bytes from a multiple of 16 on is what kernels and copy engine read; copies are
     made before the first launch, behind which the second is launched early.
@@ -52,17 +52,14 @@ def test_launches_read_one_copy_of_an_output_that_was_moved(launched, num_keys, 
     row_start, row_end = torch.zeros(2, 2, num_keys, 2, dtype=torch.int32)[..., 0]
     picked = config.pick_hopper_backward(90, 128, q.dtype, num_keys, True, True, planes=128)
     assert picked.statistics == (num_keys == 1024)
+    assert picked.whole == (num_keys == 128)
     hopper_backward.hopper_bwd(
         grad_out, None, q, k, v, given, lse, row_start, row_end,
         0.1, [torch.empty_like(x) for x in (q, k, v)], picked, False,
     )  # fmt: skip
-    names = [name for name, _ in launched]
-    assert names == [
-        "bounds",
-        "prepare_kernel",
-        "mixed_attention_bwd_hopper_kernel",
-        "finish_kernel",
-    ]
+    names = [name for name, *_ in launched]
+    last = ["finish_kernel"] * (not picked.whole)
+    assert names == ["bounds", "prepare_kernel", "mixed_attention_bwd_hopper_kernel", *last]
     read, grad_read, *_ = launched[1][1]
     assert config.tma_aligned(read)
     assert torch.equal(read, out)
@@ -74,3 +71,37 @@ def test_launches_read_one_copy_of_an_output_that_was_moved(launched, num_keys, 
     (start, step), (end, _), *_ = launched[2][1][9]
     assert start.stride(1) == end.stride(1) == 1
     assert step == num_keys
+
+
+@pytest.mark.parametrize("dim", config.HOPPER_BACKWARD)
+@pytest.mark.parametrize("num_queries", [1, 100, 300])
+def test_launches_one_kernel_for_both_orders_where_one_tile_holds_all_keys(
+    launched, monkeypatch, num_queries, dim
+):
+    """It is given dQ itself, and nothing that its sums would take is allocated."""
+    empty, allocated = torch.empty, []
+    monkeypatch.setattr(
+        torch, "empty", lambda *a, **o: allocated.append(empty(*a, **o)) or allocated[-1]
+    )
+    num_keys, options = config.HOPPER_BACKWARD[dim][1], []
+    q, grad_out, out = (torch.randn(2, 8, num_queries, dim).bfloat16() for _ in range(3))
+    k, v = (torch.randn(2, 2, num_keys, dim).bfloat16() for _ in range(2))
+    row_start, row_end = torch.zeros(2, 2, num_keys, dtype=torch.int32)
+    grads = [torch.zeros_like(x) for x in (q, k, v)]
+    for ordered in (False, True):
+        launched.clear()
+        picked = config.pick_hopper_backward(
+            90, dim, q.dtype, num_keys, True, True, planes=4, group=4, ordered=ordered
+        )
+        hopper_backward.hopper_bwd(
+            grad_out, None, q, k, v, out, torch.randn(2, 8, num_queries), row_start, row_end,
+            0.1, grads, picked, ordered,
+        )  # fmt: skip
+        assert [x[0] for x in launched] == [
+            "bounds", "prepare_kernel", "mixed_attention_bwd_hopper_kernel",
+        ]  # fmt: skip
+        options.append([x[2] for x in launched])
+        assert launched[2][1][8].base is grads[0]
+    assert options[0] == options[1]
+    assert not options[0][2]["ORDERED"]
+    assert sum(x.nbytes for x in allocated) <= 2 * 2 * 8 * (2 * 4 * (num_queries + 63) + 64)

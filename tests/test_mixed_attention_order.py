@@ -180,7 +180,7 @@ def overlap(request, monkeypatch):
         ahead = 2 if statistics else how == "zeros" and not ordered
         return replace(
             picked, ahead=ahead, statistics=statistics, early=statistics or not ordered,
-            late=how == "late",
+            late=how == "late", whole=False,
         )  # fmt: skip
 
     monkeypatch.setattr(config, "pick_hopper_backward", forced)

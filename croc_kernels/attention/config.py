@@ -101,7 +101,8 @@ class HopperBackwardConfig:
     ``ahead``: spare warps prepare the section so many after theirs: zero what its tiles add to, and
     with ``statistics`` compute those of its rows, which else the kernel before does. Without it is
     at most the next. ``early``: the kernel after begins with heads that are done while others are
-    not. ``late``: each product for dK runs into the next tile of rows (D = 64 alone).
+    not. ``late``: each product for dK runs into the next tile of rows (D = 64 alone). ``whole``:
+    one tile holds all keys, so dQ is not added up; without any of the others, ordered or not.
     """
 
     block_m: int
@@ -112,13 +113,14 @@ class HopperBackwardConfig:
     early: bool = False
     late: bool = False
     statistics: bool = False
+    whole: bool = False
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
             "SECTION": self.section, "AHEAD": self.ahead, "EARLY": self.early,
-            "LATE": self.late, "STATISTICS": self.statistics,
+            "LATE": self.late, "STATISTICS": self.statistics, "WHOLE": self.whole,
         }  # fmt: skip
 
 
@@ -303,6 +305,8 @@ def pick_hopper_backward(
     tiles = HOPPER_BACKWARD.get(dim)
     if arch != 90 or dtype == torch.float32 or not (plain_scores and aligned and tiles):
         return None
+    if num_keys <= tiles[1]:
+        return HopperBackwardConfig(*tiles, 1, whole=True)
     programs = planes * math.ceil(num_keys / tiles[1])
     statistics = _statistics(dim, num_keys, programs, group, ordered)
     if statistics is not None:

@@ -25,10 +25,14 @@ SPILLS = {
     "mixed_attention_bwd_hopper-D128-bf16-lse": 16,
     "mixed_attention_bwd_hopper-D128-bf16-ordered-lse": 16,
     "mixed_attention_bwd_hopper-D128-bf16-group4-ordered-lse": 72,
+    "mixed_attention_bwd_hopper-D128-bf16-L128": 48,
+    "mixed_attention_bwd_hopper-D128-bf16-group4-L128": 120,
     "mixed_attention_bwd_hopper-D256-bf16": 80,
     "mixed_attention_bwd_hopper-D256-bf16-L256": 132,
     "mixed_attention_bwd_hopper-D256-bf16-group2-L1024": 148,
     "mixed_attention_bwd_hopper-D256-bf16-ordered": 72,
+    "mixed_attention_bwd_hopper-D256-bf16-L64": 8,
+    "mixed_attention_bwd_hopper-D256-bf16-group4-L64": 48,
 }
 
 
@@ -77,11 +81,11 @@ def backward_case(
     row, key = _descriptor(name, picked.block_m, dim), _descriptor(name, picked.block_n, dim)
     piece = _descriptor(name, PIECE, dim) if picked.statistics else row
     stats = f"tensordesc<fp32{[1, 2 * picked.block_m]},{NVMMASharedLayout(0, 32, 2)!r}>"
-    constants = {"HEADS": 32, "GROUP": group, "D": dim, "ORDERED": ordered}
+    constants = {"HEADS": 32, "GROUP": group, "D": dim, "ORDERED": ordered and not picked.whole}
     constants |= {"HAS_GRAD_LSE": grad_lse} | picked.constants()
     signature = {
         "q_desc": row, "k_desc": key, "v_desc": key, "g_desc": row, "stats_desc": stats,
-        "dk_desc": key, "dv_desc": key, "o_desc": piece, "go_desc": piece,
+        "dk_desc": key, "dv_desc": key, "o_desc": piece, "go_dq_desc": piece,
         "bounds": (_VECTOR, _VECTOR, "*i32", "*i32"), "inputs": ("*fp32",) * 4,
         "factors": ("fp32", "fp32"),
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
@@ -103,7 +107,7 @@ def prepare_case(
     fn, pointer = hopper_backward._prepare_kernel, "*" + _NAMES[dtype]
     constants = {
         "HEADS": 32, "D": dim, "BLOCK_M": picked.block_m, "HAS_GRAD_LSE": True, "ORDERED": False,
-        "PART": picked.statistics, "LAUNCH": True,
+        "PART": picked.statistics, "LAUNCH": True, "WHOLE": picked.whole,
     }  # fmt: skip
     signature = {
         "out_ptr": pointer, "grad_out_ptr": pointer, "lse_ptr": "*fp32", "grad_lse_ptr": "*fp32",
@@ -164,6 +168,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
     for dim, group, num_keys in short:
         for case in (backward_case, prepare_case, finish_case):
             cases.append(case(dim, bf16, group=group, num_keys=num_keys))
+    # One tile holds all keys: no kernel after it.
+    for dim, (_, most, _) in config.HOPPER_BACKWARD.items():
+        cases += [backward_case(dim, bf16, group=g, num_keys=most) for g in (1, 4)]
+        cases.append(prepare_case(dim, bf16, num_keys=most))
     forward = [(d, n) for d in config.HOPPER_FORWARD for n in (1024, *config.HOPPER_LONG)]
     cases += [forward_case(dim, bf16, length=n) for dim, n in forward]
     cases += [forward_case(128, torch.float16), forward_case(128, bf16, group=4)]

@@ -24,7 +24,7 @@ def _prepare_kernel(
     out_ptr, grad_out_ptr, lse_ptr, grad_lse_ptr, stats_ptr, dirty_ptr, counts_ptr, dq_ptr,
     strides, num_queries, heads, first_heads,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
-    ORDERED: tl.constexpr, PART: tl.constexpr, LAUNCH: tl.constexpr,
+    ORDERED: tl.constexpr, PART: tl.constexpr, LAUNCH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp (inf for rows that see nothing), delta and zeros for dQ of BLOCK_M rows, last
     tiles first: what the next kernel begins with is then still in the L2. grid = (tiles * B * H,).
@@ -32,7 +32,8 @@ def _prepare_kernel(
     Only the ``first_heads`` of all samples' ``heads`` get zeros, and with PART statistics: then
     grid = (tiles * (first_heads + B),), the last to look for rows that see nothing, which else are
     looked for in each sample's first head. Counts (see the next kernel) are zeroed here. LAUNCH:
-    the next kernel may start, and waits where it first reads what this one wrote.
+    the next kernel may start, and waits where it first reads what this one wrote. WHOLE: it does
+    not add or count, so there is nothing to zero.
     """
     if LAUNCH:
         gdc_launch_dependents()
@@ -66,6 +67,8 @@ def _prepare_kernel(
     place = tl.cast(program, tl.int64) * (2 * BLOCK_M) + offs
     tl.store(stats_ptr + place, tl.where(sees, lse, float("inf")))
     tl.store(stats_ptr + place + BLOCK_M, tl.where(sees, delta, 0.0))
+    if WHOLE:
+        return
     if plane < first_heads:
         sums = tl.cast(program, tl.int64) * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)
         tl.store(dq_ptr + sums, tl.zeros([BLOCK_M * D], tl.float32))
@@ -126,14 +129,22 @@ def _finish_kernel(
     tl.store(pointers, x.to(dq_ptr.dtype.element_ty), mask=(offs < num_queries)[:, None])
 
 
-def _workspace(q: Tensor, planes: int, tiles: int, block_m: int, ordered: bool) -> list[Tensor]:
-    """Statistics of rows, tiles with rows that see nothing, counts, dQ added up in float32."""
-    shapes = (
-        ((planes * tiles, 2 * block_m), torch.float32), ((q.shape[0] * tiles,), torch.int32),
-        ((1 + 2 * planes + planes * tiles * ordered,), torch.int32),
-        ((planes * tiles, block_m * q.shape[3]), torch.float32),
-    )  # fmt: skip
-    return [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in shapes]
+def _workspace(
+    q: Tensor, planes: int, tiles: int, picked: HopperBackwardConfig, ordered: bool
+) -> list[Tensor]:
+    """Statistics of rows, tiles with rows that see nothing, counts, dQ added up in float32; the
+    last two are not used where one tile holds all keys.
+    """
+    shapes = [
+        ((planes * tiles, 2 * picked.block_m), torch.float32), ((q.shape[0] * tiles,), torch.int32)
+    ]  # fmt: skip
+    if not picked.whole:
+        shapes += [
+            ((1 + 2 * planes + planes * tiles * ordered,), torch.int32),
+            ((planes * tiles, picked.block_m * q.shape[3]), torch.float32),
+        ]
+    found = [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in shapes]
+    return found if len(found) == 4 else [*found, found[1], found[0]]
 
 
 def hopper_bwd(
@@ -146,12 +157,13 @@ def hopper_bwd(
     block_m, block_n, group = picked.block_m, picked.block_n, heads // key_heads
     tiles, key_tiles = triton.cdiv(length, block_m), triton.cdiv(num_keys, block_n)
     planes, has_grad_lse = batch * heads, grad_lse is not None
+    ordered = ordered and not picked.whole
     # Copies before the first launch: the next kernel is launched early behind that one, and reads
     # the bounds before it waits. O is where the forward put it, unless somebody moved it.
     bounds = tuple(zip(*by_sample(row_start, row_end), strict=True))
     if not tma_aligned(out):
         out = out.clone(memory_format=torch.contiguous_format)
-    stats, dirty, counts, sums = _workspace(q, planes, tiles, block_m, ordered)
+    stats, dirty, counts, sums = _workspace(q, planes, tiles, picked, ordered)
     grad_lse = grad_lse.contiguous() if has_grad_lse else lse
     # With ``overlap`` the next two are launched before the one before them ends; each waits for it
     # where it first reads what that wrote (griddepcontrol).
@@ -164,13 +176,14 @@ def hopper_bwd(
     _prepare_kernel[((first + batch if part else planes) * tiles,)](
         out, grad_out, lse, grad_lse, stats, dirty, counts, sums,
         (*out.stride()[:3], *grad_out.stride()[:3]), length, planes, first,
-        PART=part, LAUNCH=overlap, **common, num_warps=8,
+        PART=part, LAUNCH=overlap, WHOLE=picked.whole, **common, num_warps=8,
     )  # fmt: skip
     stats_desc = TensorDescriptor(
         stats, list(stats.shape), [2 * block_m, 1], [1, 2 * block_m], _STATISTICS
     )
     g_desc = tile_descriptor(grad_out, block_m)
-    pieces = (g_desc, g_desc)
+    # What the kernel reads or writes besides, if anything.
+    pieces = (g_desc, tile_descriptor(grads[0], block_m) if picked.whole else g_desc)
     if part:
         pieces = (tile_descriptor(out, PIECE), tile_descriptor(grad_out, PIECE))
     _mixed_attention_bwd_hopper_kernel[(key_tiles * batch * key_heads,)](
@@ -180,6 +193,8 @@ def hopper_bwd(
         (stats, lse, grad_lse, sums), (scale * LOG2_E, scale),
         GROUP=group, **common | picked.constants(), num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
+    if picked.whole:
+        return
     _finish_kernel[(planes * tiles,)](
         sums, grads[0], grads[0].stride()[:3], scale, length, counts, key_tiles,
         HEADS=heads, GROUP=group, D=dim, BLOCK_M=block_m, TRANSPOSED=dim >= 128, WAIT=overlap,

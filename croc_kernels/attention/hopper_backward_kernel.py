@@ -14,10 +14,11 @@ from .hopper_backward_step import _step, _zero_rows
 
 @gluon.jit
 def _consumer(
-    dk_desc, dv_desc, dq_ptr, bounds, tiles, bars, kv_full, out_full, where, factors, num_tiles,
+    dk_desc, dv_desc, dq_ptr, dq_desc, bounds, tiles, bars, kv_full, out_full, where, factors,
+    num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr,
-    EARLY: gl.constexpr, LATE: gl.constexpr, STATISTICS: gl.constexpr,
+    EARLY: gl.constexpr, LATE: gl.constexpr, STATISTICS: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Products of one tile of keys with every tile of rows that sees some of it."""
     WR: gl.constexpr = 4 if D == 256 else 8
@@ -64,10 +65,12 @@ def _consumer(
         mbarrier.wait(ready, 0)
     for member in range(GROUP):
         tile = (batch * HEADS + key_head * GROUP + member) * num_tiles + first // BLOCK_M
+        out = (dq_desc, batch, key_head * GROUP + member, scale)
         for m in range(first, past, BLOCK_M):
             dk, dv, ds16 = _step(
-                dk, dv, ds16, (step, m, tile), dq_ptr, work, bars, limits, key_low, key_high, outer,
-                D, BLOCK_M, BLOCK_N, STAGES, ORDERED, LATE, LATE or STATISTICS,
+                dk, dv, ds16, (step, m, tile), dq_ptr, out, work, bars,
+                limits, key_low, key_high, outer,
+                D, BLOCK_M, BLOCK_N, STAGES, ORDERED, LATE, LATE or STATISTICS or WHOLE, WHOLE,
             )  # fmt: skip
             step += 1
             tile += 1
@@ -88,13 +91,13 @@ def _consumer(
 
 @gluon.jit
 def _place(
-    program, bounds, num_keys,
+    program, bounds, num_keys, num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    SECTION: gl.constexpr, ORDERED: gl.constexpr,
+    SECTION: gl.constexpr, ORDERED: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """A program's section, its number in there, how many key heads that has, and its tile of keys:
     sample, key head and its number among all, first key; rows that some key of it is seen by, from
-    ``first`` to ``past``, and those that see all of it.
+    ``first`` to ``past``, WHOLE all rows, and those that see all of it.
     """
     tiles = (num_keys + BLOCK_N - 1) // BLOCK_N
     # SECTION heads take turns, those tiles first that most rows see under a causal mask.
@@ -112,8 +115,13 @@ def _place(
     full_low, full_high = gl.load(row_start_ptr + last_key), gl.load(row_end_ptr + key)
     first = low // BLOCK_M * BLOCK_M
     past = gl.maximum(first, (high + BLOCK_M - 1) // BLOCK_M * BLOCK_M)
+    if WHOLE:
+        first, past = 0 * low, num_tiles * BLOCK_M
     full = gl.minimum(gl.maximum(first, (full_low + BLOCK_M - 1) // BLOCK_M * BLOCK_M), past)
     end_full = gl.maximum(full, gl.minimum(full_high // BLOCK_M * BLOCK_M, past))
+    if WHOLE:
+        # Zeros beyond the last key would else have weights, which overflow where scores are low.
+        end_full = gl.where(num_keys < BLOCK_N, full, end_full)
     return part, within, size, plane, (batch, key_head, key, first, full, end_full, past)
 
 
@@ -134,26 +142,30 @@ def _later(
 
 @gluon.jit
 def _mixed_attention_bwd_hopper_kernel(
-    q_desc, k_desc, v_desc, g_desc, stats_desc, dk_desc, dv_desc, o_desc, go_desc, bounds,
+    q_desc, k_desc, v_desc, g_desc, stats_desc, dk_desc, dv_desc, o_desc, go_dq_desc, bounds,
     inputs, factors,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, ORDERED: gl.constexpr,
     AHEAD: gl.constexpr, EARLY: gl.constexpr, LATE: gl.constexpr, STATISTICS: gl.constexpr,
-    HAS_GRAD_LSE: gl.constexpr,
+    HAS_GRAD_LSE: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_N, D) tile of dK and dV per program; dQ is added up in float32.
 
     ``bounds``: row_start and row_end as in ``of_sample``, then what the kernel before wrote: tiles
     with rows that see nothing, and zeros to count in: tickets drawn, programs that have prepared
     their share of a section, programs of each key head that are done, whose turn it is at each tile
-    of rows. ``inputs``: statistics of rows, what they are made of, dQ.
+    of rows. ``inputs``: statistics of rows, what they are made of, dQ. ``o_desc`` and
+    ``go_dq_desc``: pieces of O and dO with STATISTICS; WHOLE, the second are tiles of dQ.
 
     With ORDERED tile n of the keys waits at each tile of dQ for tile n + 1, which with a causal
     mask is ahead anyway. With AHEAD the kernel before prepared as many sections of heads; each
     program prepares a share of the section that many after its own, whose programs wait until all
     have: zeros, with STATISTICS those of rows too. Who is waited for has drawn a ticket before, so
-    it is running or done. With EARLY the kernel after counts the programs that are done.
+    it is running or done. With EARLY the kernel after counts the programs that are done. WHOLE: one
+    tile holds all keys, so each tile of dQ is done once it is computed and leaves in its dtype.
     """
+    if WHOLE:
+        gl.static_assert(not (ORDERED or AHEAD or EARLY or LATE or STATISTICS))
     if STATISTICS:
         gl.static_assert(AHEAD > 0)
     else:
@@ -168,11 +180,12 @@ def _mixed_attention_bwd_hopper_kernel(
         # Tickets are counted from what the kernel before wrote.
         gdc_wait()
     program = gl.atomic_add(counts_ptr, 1) if ORDERED or AHEAD else gl.program_id(0)
-    if not (ORDERED or EARLY):
+    if not (ORDERED or EARLY or WHOLE):
         gdc_launch_dependents()
     part, within, size, plane, where = _place(
-        program, bounds, num_keys, HEADS, GROUP, BLOCK_M, BLOCK_N, SECTION, ORDERED
-    )
+        program, bounds, num_keys, num_tiles, HEADS, GROUP, BLOCK_M, BLOCK_N, SECTION, ORDERED,
+        WHOLE,
+    )  # fmt: skip
 
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, D], q_desc.layout)
@@ -215,9 +228,9 @@ def _mixed_attention_bwd_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    dk_desc, dv_desc, dq_ptr, bounds, smem, bars, kv_full, out_full, where, factors,
-                    num_tiles, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD, EARLY,
-                    LATE, STATISTICS,
+                    dk_desc, dv_desc, dq_ptr, go_dq_desc, bounds, smem, bars, kv_full, out_full,
+                    where, factors, num_tiles, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED,
+                    AHEAD, EARLY, LATE, STATISTICS, WHOLE,
                 )),
                 (_producer, (
                     q_desc, k_desc, v_desc, g_desc, stats_desc, smem, bars, kv_full, ready_ptr,
@@ -229,7 +242,7 @@ def _mixed_attention_bwd_hopper_kernel(
                     ORDERED, AHEAD, STATISTICS, EARLY,
                 )),
                 (_prepare_share, (
-                    o_desc, go_desc, pieces, come, inputs, ready_ptr, turn_ptr, part, within,
+                    o_desc, go_dq_desc, pieces, come, inputs, ready_ptr, turn_ptr, part, within,
                     size * tiles, heads, num_tiles,
                     HEADS, GROUP, D, BLOCK_M, SECTION, ORDERED, AHEAD, HAS_GRAD_LSE,
                 )),
@@ -240,9 +253,9 @@ def _mixed_attention_bwd_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    dk_desc, dv_desc, dq_ptr, bounds, smem, bars, kv_full, out_full, where, factors,
-                    num_tiles, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED, AHEAD, EARLY,
-                    LATE, STATISTICS,
+                    dk_desc, dv_desc, dq_ptr, go_dq_desc, bounds, smem, bars, kv_full, out_full,
+                    where, factors, num_tiles, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED,
+                    AHEAD, EARLY, LATE, STATISTICS, WHOLE,
                 )),
                 (_producer, (
                     q_desc, k_desc, v_desc, g_desc, stats_desc, smem, bars, kv_full, ready_ptr,

@@ -4,9 +4,9 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper import barrier, reinterpret
+from .hopper import barrier, reinterpret, tma_store
 
 # Four consecutive registers of an accumulator to 16 consecutive bytes.
 _ADD: tl.constexpr = tl.constexpr("""
@@ -97,15 +97,32 @@ def _add(
 
 
 @gluon.jit
+def _leave(dq, out, m, q_tile, TRANSPOSED: gl.constexpr):
+    """Store a tile of dQ, which all of its head's keys are in, from where its rows of Q lay: all
+    their products are done. The slot is given back once the copy engine has read it.
+    """
+    dq_desc, batch, head, scale = out
+    # Of both warp groups' products.
+    barrier()
+    rows = q_tile.reshape([q_tile.shape[2], q_tile.shape[3]])
+    if TRANSPOSED:
+        rows = rows.permute((1, 0))
+    rows.store((dq * scale).to(q_tile.dtype))
+    hopper.fence_async_shared()
+    tma_store(dq_desc, [batch, head, m, 0], q_tile)
+
+
+@gluon.jit
 def _step(
-    dk, dv, ds16, state, dq_ptr, tiles, bars, limits, key_low, key_high, outer,
+    dk, dv, ds16, state, dq_ptr, out, tiles, bars, limits, key_low, key_high, outer,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    ORDERED: gl.constexpr, LATE: gl.constexpr, FIXED: gl.constexpr,
+    ORDERED: gl.constexpr, LATE: gl.constexpr, FIXED: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """One tile of rows: its part of dV, dK and dQ. With LATE dV's product is issued before dP is
     waited for, and dK's, with ``ds16`` on its left, runs into the next step, which then gives the
     slot back. FIXED: masks are compared with constants; beside STATISTICS ptxas else packs what was
-    compared into registers, 264 instructions in a partly seen tile.
+    compared into registers, 264 instructions in a partly seen tile. WHOLE: dQ is not added but
+    stored, from the slot, which the next step gives back.
     """
     step, m, tile = state
     q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem = tiles
@@ -132,6 +149,9 @@ def _step(
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
         lse = stats.index(0).load(row_layout)
     else:
+        if WHOLE:
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
         lse = stats.index(0).load(row_layout)
         s = hopper.warpgroup_mma_wait(1, [s])
     if (m < full) | (m >= end_full):
@@ -192,11 +212,14 @@ def _step(
         dq = hopper.warpgroup_mma_wait(2, [dq])
     else:
         dq, dv, p16 = hopper.warpgroup_mma_wait(1, [dq, dv, p16])
-    _add(dq, dq_ptr + tile.to(gl.int64) * (BLOCK_M * D), TRANSPOSED, BLOCK_M, D, LATE)
+    if not WHOLE:
+        _add(dq, dq_ptr + tile.to(gl.int64) * (BLOCK_M * D), TRANSPOSED, BLOCK_M, D, LATE)
     if SHARED:
         dk, dv = hopper.warpgroup_mma_wait(0, [dk, dv])
     elif not LATE:
         dk, ds16 = hopper.warpgroup_mma_wait(0, [dk, ds16])
-    if not LATE:
+    if WHOLE:
+        _leave(dq, out, m, q_smem.index(slot), TRANSPOSED)
+    elif not LATE:
         mbarrier.arrive(empty.index(slot), count=1)
     return dk, dv, ds16
