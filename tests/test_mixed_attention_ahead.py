@@ -15,8 +15,11 @@ from croc_kernels.attention.api import mixed_attention
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-# Sections ahead of one's own, and whether statistics are too.
-LATER = [(0, False), (1, True), (3, True)]
+# Sections ahead of one's own, whether statistics are too, and whether the copy engine adds up.
+LATER = [
+    (0, False, False), (0, False, True), (1, False, True), (2, False, True), (1, True, True),
+    (3, True, False), (3, True, True),
+]  # fmt: skip
 
 
 def gradients(mask, qkv, weight, weight_lse=None):
@@ -31,12 +34,13 @@ def force(monkeypatch):
     """Have sections of so many heads prepared so many sections ahead."""
     pick = config.pick_hopper_backward
 
-    def to(section, ahead, statistics):
+    def to(section, ahead, statistics, staged=True):
         def forced(*arguments, **options):
             picked = pick(*arguments, **options)
             return replace(
-                picked, section=section, ahead=ahead, statistics=statistics, early=True, whole=False
-            )
+                picked, section=section, ahead=ahead, statistics=statistics, early=True,
+                whole=False, staged=staged,
+            )  # fmt: skip
 
         monkeypatch.setattr(config, "pick_hopper_backward", forced)
 
@@ -60,8 +64,8 @@ def test_ahead_changes_no_bit(name, heads, key_heads, length, dim, force):
         weight_lse = torch.randn(3, weight.shape[2], heads, device=DEVICE).transpose(1, 2)
         weight_lse = weight_lse.masked_fill(blind, 0.0)
     want = None
-    for ahead, statistics in LATER:
-        force(2, ahead, statistics)
+    for later in LATER:
+        force(2, *later)
         got = gradients(mask, qkv, weight, weight_lse)
         want = want or got
         assert all(x.isfinite().all() for x in got)

@@ -99,7 +99,7 @@ def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered,
     for dim, tiles in config.HOPPER_BACKWARD.items():
         for repeatable, section in ((False, unordered), (True, ordered)):
             picked = config.pick_hopper_backward(
-                90, dim, torch.bfloat16, num_keys, True, True, planes=7, group=group,
+                90, dim, torch.bfloat16, num_keys, True, True, planes=4, group=group,
                 ordered=repeatable,
             )  # fmt: skip
             alone = repeatable and dim == 256
@@ -108,20 +108,27 @@ def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered,
             early |= not repeatable and dim == 64 and group == 1 and num_keys >= 1024
             dealt = 8 if ahead and section == 16 else 1 if alone else section
             late = dim == 64 and group == 1 and num_keys >= (6144 if repeatable else 1024)
-            assert picked == config.HopperBackwardConfig(*tiles, dealt, ahead, early, late)
+            assert picked == config.HopperBackwardConfig(
+                *tiles,
+                dealt,
+                ahead,
+                early,
+                late,
+                staged=dim == 128 and not (repeatable and group > 1),
+            )
             assert picked.constants()["LATE"] == late
 
 
 @pytest.mark.parametrize(
     ("num_keys", "planes", "group", "unordered", "ordered"),
     [(511, 4096, 1, None, None), (512, 512, 1, None, (4, 8)), (575, 512, 1, None, (4, 8)),
-     (640, 32, 1, None, None), (640, 128, 1, None, (3, 8)), (640, 512, 1, (3, 8), (3, 8)),
-     (767, 128, 1, None, (3, 8)), (800, 128, 1, (4, 4), (3, 8)), (1024, 128, 1, (2, 8), (2, 8)),
-     (1024, 128, 4, None, (2, 8)), (1200, 32, 1, None, None), (1200, 128, 1, (2, 8), (2, 8)),
-     (1535, 128, 1, (2, 8), (2, 8)), (2048, 128, 1, (2, 4), (2, 8)), (2048, 32, 4, None, (2, 8)),
-     (3072, 128, 1, (2, 2), (2, 4)), (4096, 128, 1, (2, 2), (2, 4)), (4096, 32, 4, None, (2, 2)),
-     (8192, 64, 1, (2, 2), (2, 2)), (8192, 16, 4, None, (2, 2)), (10240, 32, 1, (2, 2), (2, 2)),
-     (12288, 32, 1, None, None)],
+     (640, 32, 1, None, None), (640, 128, 1, (3, 8), (3, 8)), (640, 512, 1, (3, 8), (3, 8)),
+     (767, 128, 1, (3, 8), (3, 8)), (800, 128, 1, (4, 4), (3, 8)), (1024, 128, 1, (2, 8), (2, 8)),
+     (1024, 32, 4, None, None), (1024, 128, 4, (3, 8), (2, 8)), (1200, 31, 1, None, None),
+     (1200, 32, 1, (2, 8), None), (1200, 128, 1, (2, 8), (2, 8)), (1535, 128, 1, (2, 8), (2, 8)),
+     (2048, 128, 1, (2, 4), (2, 8)), (2048, 32, 4, (2, 4), (2, 8)), (3072, 128, 1, (2, 2), (2, 4)),
+     (4096, 128, 1, (2, 2), (2, 4)), (4096, 32, 4, (2, 4), (2, 2)), (8192, 64, 1, (2, 2), (2, 2)),
+     (8192, 16, 4, (2, 2), (2, 2)), (10240, 32, 1, (2, 2), (2, 2)), (16384, 32, 1, (2, 2), (2, 2))],
 )  # fmt: skip
 def test_config_prepares_statistics_ahead_where_that_gained(
     num_keys, planes, group, unordered, ordered
@@ -139,6 +146,7 @@ def test_config_prepares_statistics_ahead_where_that_gained(
                 assert picked.early
                 assert not picked.late
             assert picked.ahead <= 1 or picked.statistics
+            assert picked.staged or picked.statistics or not picked.ahead
             assert not (picked.ahead and repeatable) or picked.statistics
 
 
@@ -157,6 +165,18 @@ def test_config_adds_nothing_up_where_one_tile_holds_all_keys(dim):
             assert picked.whole == picked.constants()["WHOLE"] == (num_keys <= tiles[1])
             if picked.whole:
                 assert picked == config.HopperBackwardConfig(*tiles, 1, whole=True)
+
+
+def test_config_lets_the_copy_engine_add_where_there_is_room_for_a_tile():
+    for dim, (block_m, block_n, stages) in config.HOPPER_BACKWARD.items():
+        for ordered in (False, True):
+            picked = config.pick_hopper_backward(
+                90, dim, torch.bfloat16, 4096, True, True, ordered=ordered
+            )
+            assert picked.staged == picked.constants()["STAGED"] == (dim == 128)
+        # Q, dO, K, V, dS and sums; what the spare warps bring; Hopper has 227 KB.
+        tiles = 2 * dim * (2 * stages * block_m + 2 * block_n) + 2 * block_m * block_n
+        assert (dim in config.HOPPER_STAGED) <= (tiles + 4 * dim * block_m + 20000 < 227 * 1024)
 
 
 def test_config_zeroes_ahead_for_many_rows_of_two_tiles():

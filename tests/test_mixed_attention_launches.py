@@ -65,10 +65,16 @@ def test_launches_read_one_copy_of_an_output_that_was_moved(launched, num_keys, 
     assert torch.equal(read, out)
     assert (read is given) == (how == "as it was")
     assert grad_read is grad_out
-    pieces = launched[2][1][7:9]
+    sums, *pieces = launched[2][1][7:10]
+    if picked.staged:
+        # Of the tensor that the kernel after reads, and all of it.
+        read_after = launched[3][1][0]
+        assert sums.base.data_ptr() == read_after.data_ptr()
+        assert sums.base.numel() == read_after.numel()
+        assert sums.block_shape[0] * sums.block_shape[1] == read_after.shape[1] == 64 * 128
     if picked.statistics:
         assert [x.base.data_ptr() for x in pieces] == [read.data_ptr(), grad_out.data_ptr()]
-    (start, step), (end, _), *_ = launched[2][1][9]
+    (start, step), (end, _), *_ = launched[2][1][10]
     assert start.stride(1) == end.stride(1) == 1
     assert step == num_keys
 
@@ -101,7 +107,7 @@ def test_launches_one_kernel_for_both_orders_where_one_tile_holds_all_keys(
             "bounds", "prepare_kernel", "mixed_attention_bwd_hopper_kernel",
         ]  # fmt: skip
         options.append([x[2] for x in launched])
-        assert launched[2][1][8].base is grads[0]
+        assert launched[2][1][7].base is grads[0]
     assert options[0] == options[1]
     assert not options[0][2]["ORDERED"]
     assert sum(x.nbytes for x in allocated) <= 2 * 2 * 8 * (2 * 4 * (num_queries + 63) + 64)

@@ -155,6 +155,19 @@ def test_whole_gives_keys_that_are_not_there_no_weight(dim, dtype, heads, whole)
             assert [x.whole for x in taken] == [True]
 
 
+@pytest.mark.parametrize(("dtype", "heads"), CASES)
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_last_tile_of_keys_gives_those_that_are_not_there_no_weight(ordered, dim, dtype, heads):
+    """As above, where more than one tile holds the keys."""
+    for length in (200, 300, 1100):
+        for name in ("full", "spans"):
+            mask = ALL[name](2, length, "cuda")
+            q, k, v = (x.detach() for x in inputs(mask, *heads, dim, dtype))
+            q, k = q / 8 + 4, k / 8 - 4
+            check(run(mask, scale=0.25, deterministic=ordered), q, k, v, mask, 0.25)
+
+
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("name", ["packed", "left", "cache"])
 def test_whole_of_views_of_a_projection_and_of_a_mask(name, dim, whole):

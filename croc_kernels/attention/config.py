@@ -103,6 +103,7 @@ class HopperBackwardConfig:
     at most the next. ``early``: the kernel after begins with heads that are done while others are
     not. ``late``: each product for dK runs into the next tile of rows (D = 64 alone). ``whole``:
     one tile holds all keys, so dQ is not added up; without any of the others, ordered or not.
+    ``staged``: the copy engine adds dQ up, from shared memory, else the multiplying warps do.
     """
 
     block_m: int
@@ -114,6 +115,7 @@ class HopperBackwardConfig:
     late: bool = False
     statistics: bool = False
     whole: bool = False
+    staged: bool = False
 
     def constants(self) -> dict[str, object]:
         """Constexpr arguments of the kernel."""
@@ -121,6 +123,7 @@ class HopperBackwardConfig:
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
             "SECTION": self.section, "AHEAD": self.ahead, "EARLY": self.early,
             "LATE": self.late, "STATISTICS": self.statistics, "WHOLE": self.whole,
+            "STAGED": self.staged,
         }  # fmt: skip
 
 
@@ -243,38 +246,42 @@ def pick_hopper_forward(
 # (block_m, block_n, stages) per head dimension. Measured on an H200 for D = 64 (424 TFLOP/s at 8k;
 # three stages 418, 128 rows per tile 367) and D = 128 (three stages: 2 % slower at 1k to 4k).
 HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
+# Where there is shared memory for a tile of dQ in float32, and it gained: not in order where heads
+# share keys. Measured on an H100.
+HOPPER_STAGED = (128,)
 # From how many keys on ``ahead`` with ``early`` gained, or ``early`` alone, by dimension and
 # whether heads share keys. Measured on an H100, D = 256 on an H200, docs/attention_trials.md.
 HOPPER_AHEAD = {(128, False): 512, (128, True): 1024}
 HOPPER_EARLY = HOPPER_AHEAD | {(64, False): 1024, (256, False): 512, (256, True): 512}
 # The same for ``late``, and from how many keys on in order. Measured on an H200.
 HOPPER_LATE = {(64, False): (1024, 2 * HOPPER_LONG[1])}
-# Statistics ahead at D = 128, in order or not: from how many keys on, how many sections ahead, key
-# heads of a section. Not in order they gained only where heads share no keys. Measured on an H100.
+# Statistics ahead at D = 128, by whether in order and whether heads share keys: from how many keys
+# on, how many sections ahead, key heads of a section. Measured on an H100.
 HOPPER_STATISTICS = {
-    False: ((576, 3, 8), (768, 4, 4), (1024, 2, 8), (1536, 2, 4), (HOPPER_LONG[1], 2, 2)),
-    True: ((512, 4, 8), (576, 3, 8), (1024, 2, 8), (HOPPER_LONG[1], 2, 4), (6144, 2, 2)),
-}
-# They lost with more keys, and with fewer programs: not in order, below so many keys, the second.
-HOPPER_STATISTICS_LONGEST = 12288
-HOPPER_STATISTICS_PROGRAMS = (512, 768, 2048)
+    (False, False): (
+        (576, 3, 8), (768, 4, 4), (1024, 2, 8), (1536, 2, 4), (HOPPER_LONG[1], 2, 2),
+    ),
+    (False, True): ((1024, 3, 8), (1536, 2, 4), (2 * HOPPER_LONG[1], 2, 2)),
+    (True, False): ((512, 4, 8), (576, 3, 8), (1024, 2, 8), (HOPPER_LONG[1], 2, 4), (6144, 2, 2)),
+    (True, True): ((512, 4, 8), (576, 3, 8), (1024, 2, 8), (HOPPER_LONG[1], 2, 2)),
+}  # fmt: skip
+# Not with fewer programs, but that not in order so many fewer gained from so many keys on.
+HOPPER_STATISTICS_PROGRAMS = (512, 320, 768)
+# So many programs of two tiles of keys each have zeros ahead.
+HOPPER_MANY_PROGRAMS = 2048
 
 
 def _statistics(
     dim: int, num_keys: int, programs: int, group: int, ordered: bool
 ) -> tuple[int, int] | None:
     """Sections that are prepared ahead and key heads of each, None to leave it."""
-    few, short, many = HOPPER_STATISTICS_PROGRAMS
-    least = few if ordered or num_keys >= short else many
-    if dim != 128 or num_keys >= HOPPER_STATISTICS_LONGEST or programs < least:
+    many, few, long = HOPPER_STATISTICS_PROGRAMS
+    least = few if not ordered and num_keys >= long else many
+    if dim != 128 or programs < least:
         return None
-    if group > 1 and not ordered:
-        return None
-    found = [row[1:] for row in HOPPER_STATISTICS[ordered] if num_keys >= row[0]]
-    if not found:
-        return None
-    ahead, section = found[-1]
-    return ahead, min(section, 2) if group > 1 and num_keys >= HOPPER_LONG[1] else section
+    rows = HOPPER_STATISTICS[ordered, group > 1]
+    found = [row[1:] for row in rows if num_keys >= row[0]]
+    return found[-1] if found else None
 
 
 def _backward_section(dim: int, num_keys: int, group: int, ordered: bool, ahead: bool) -> int:
@@ -308,20 +315,23 @@ def pick_hopper_backward(
     if num_keys <= tiles[1]:
         return HopperBackwardConfig(*tiles, 1, whole=True)
     programs = planes * math.ceil(num_keys / tiles[1])
+    staged = dim in HOPPER_STAGED and not (ordered and group > 1)
     statistics = _statistics(dim, num_keys, programs, group, ordered)
     if statistics is not None:
         ahead, section = statistics
-        return HopperBackwardConfig(*tiles, section, ahead, True, False, True)
+        return HopperBackwardConfig(
+            *tiles, section, ahead, early=True, statistics=True, staged=staged
+        )
     ahead, early = (
         not ordered and num_keys >= gained.get((dim, group > 1), math.inf)
         for gained in (HOPPER_AHEAD, HOPPER_EARLY)
     )
     # Many short rows, of two tiles of keys.
-    if (dim, group, ordered) == (128, 1, False) and programs >= HOPPER_STATISTICS_PROGRAMS[2]:
+    if (dim, group, ordered) == (128, 1, False) and programs >= HOPPER_MANY_PROGRAMS:
         ahead = early = num_keys >= 256
     late = num_keys >= HOPPER_LATE.get((dim, group > 1), (math.inf,) * 2)[ordered]
     section = _backward_section(dim, num_keys, group, ordered, ahead)
-    return HopperBackwardConfig(*tiles, section, int(ahead), early, late)
+    return HopperBackwardConfig(*tiles, section, int(ahead), early, late, staged=staged)
 
 
 def tma_aligned(x: Tensor) -> bool:

@@ -3,8 +3,10 @@ and descriptors for the copy engine.
 """
 
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -12,6 +14,17 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
+
+@builtin
+def _tma_add(desc, coord, tile, _semantic=None):
+    """Add a tile in shared memory to global memory. Triton 3.8 has a name for it."""
+    place = _semantic._convert_to_ir_values(coord, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, desc.handle, place, tile.handle)
+
+
+tma_add = getattr(tma, "async_atomic_add", None) or _tma_add
 
 # Its name since triton 3.9.
 _PUBLIC: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))

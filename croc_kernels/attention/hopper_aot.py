@@ -5,7 +5,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 
 from ..aot import CompileCase
 from . import config, hopper_backward, hopper_forward
-from .hopper_backward import PIECE
+from .hopper_backward import PIECE, SUMS
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ALIGNED = [["tt.divisibility", 16]]
@@ -17,13 +17,17 @@ SPILLS = {
     "mixed_attention_fwd_hopper-D256-bf16-L1024": 44,
     "mixed_attention_fwd_hopper-D256-bf16-L1536": 72,
     "mixed_attention_fwd_hopper-D256-bf16-L3072": 72,
+    "mixed_attention_bwd_hopper-D128-bf16": 12,
+    "mixed_attention_bwd_hopper-D128-bf16-ordered": 12,
+    "mixed_attention_bwd_hopper-D128-fp16": 12,
     "mixed_attention_bwd_hopper-D128-bf16-L256": 36,
     "mixed_attention_bwd_hopper-D128-bf16-group4": 24,
-    "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 72,
+    "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 32,
     "mixed_attention_bwd_hopper-D128-bf16-group4-ordered": 56,
-    "mixed_attention_bwd_hopper-D128-bf16-few-ordered": 36,
-    "mixed_attention_bwd_hopper-D128-bf16-lse": 16,
-    "mixed_attention_bwd_hopper-D128-bf16-ordered-lse": 16,
+    "mixed_attention_bwd_hopper-D128-bf16-few": 24,
+    "mixed_attention_bwd_hopper-D128-bf16-few-ordered": 48,
+    "mixed_attention_bwd_hopper-D128-bf16-lse": 28,
+    "mixed_attention_bwd_hopper-D128-bf16-ordered-lse": 28,
     "mixed_attention_bwd_hopper-D128-bf16-group4-ordered-lse": 72,
     "mixed_attention_bwd_hopper-D128-bf16-L128": 48,
     "mixed_attention_bwd_hopper-D128-bf16-group4-L128": 120,
@@ -80,14 +84,16 @@ def backward_case(
     fn, name = hopper_backward._mixed_attention_bwd_hopper_kernel, _NAMES[dtype]
     row, key = _descriptor(name, picked.block_m, dim), _descriptor(name, picked.block_n, dim)
     piece = _descriptor(name, PIECE, dim) if picked.statistics else row
-    stats = f"tensordesc<fp32{[1, 2 * picked.block_m]},{NVMMASharedLayout(0, 32, 2)!r}>"
+    plain = NVMMASharedLayout(0, 32, 2)
+    stats = f"tensordesc<fp32{[1, 2 * picked.block_m]},{plain!r}>"
+    sums = f"tensordesc<fp32{[picked.block_m * dim // SUMS, SUMS]},{plain!r}>"
     constants = {"HEADS": 32, "GROUP": group, "D": dim, "ORDERED": ordered and not picked.whole}
     constants |= {"HAS_GRAD_LSE": grad_lse} | picked.constants()
     signature = {
         "q_desc": row, "k_desc": key, "v_desc": key, "g_desc": row, "stats_desc": stats,
-        "dk_desc": key, "dv_desc": key, "o_desc": piece, "go_dq_desc": piece,
-        "bounds": (_VECTOR, _VECTOR, "*i32", "*i32"), "inputs": ("*fp32",) * 4,
-        "factors": ("fp32", "fp32"),
+        "dk_desc": key, "dv_desc": key, "dq_desc": sums if picked.staged else row,
+        "o_desc": piece, "go_desc": piece,
+        "bounds": (_VECTOR, _VECTOR, "*i32", "*i32"), "inputs": (*("*fp32",) * 4, "fp32", "fp32"),
     } | dict.fromkeys(constants, "constexpr")  # fmt: skip
     attrs = {(fn.arg_names.index("inputs"), 3): _ALIGNED}
     name = f"mixed_attention_bwd_hopper-D{dim}-{name}" + _suffix(group, num_keys)

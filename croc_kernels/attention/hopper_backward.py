@@ -17,6 +17,8 @@ _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
 _STATISTICS = gl.NVMMASharedLayout(0, 32, 2)
 # Rows of O, and of dO, in a piece that spare warps bring.
 PIECE = 16
+# Numbers in a row of a tile of dQ's sums, for the copy engine.
+SUMS = 128
 
 
 @triton.jit(do_not_specialize=["num_queries", "heads", "first_heads"])
@@ -147,6 +149,12 @@ def _workspace(
     return found if len(found) == 4 else [*found, found[1], found[0]]
 
 
+def _sums_descriptor(sums: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of dQ added up in float32, as they lie in registers."""
+    sums = sums.view(-1, SUMS)
+    return TensorDescriptor(sums, list(sums.shape), [SUMS, 1], [rows, SUMS], _STATISTICS)
+
+
 def hopper_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, row_start: Tensor, row_end: Tensor,
@@ -182,15 +190,20 @@ def hopper_bwd(
         stats, list(stats.shape), [2 * block_m, 1], [1, 2 * block_m], _STATISTICS
     )
     g_desc = tile_descriptor(grad_out, block_m)
-    # What the kernel reads or writes besides, if anything.
-    pieces = (g_desc, tile_descriptor(grads[0], block_m) if picked.whole else g_desc)
+    # What only some kernels read or write.
+    dq_desc, pieces = g_desc, (g_desc, g_desc)
+    if picked.whole:
+        dq_desc = tile_descriptor(grads[0], block_m)
+    elif picked.staged:
+        dq_desc = _sums_descriptor(sums, block_m * dim // SUMS)
     if part:
         pieces = (tile_descriptor(out, PIECE), tile_descriptor(grad_out, PIECE))
     _mixed_attention_bwd_hopper_kernel[(key_tiles * batch * key_heads,)](
         tile_descriptor(q, block_m), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
-        g_desc, stats_desc, *(tile_descriptor(x, block_n) for x in grads[1:]), *pieces,
+        g_desc, stats_desc, *(tile_descriptor(x, block_n) for x in grads[1:]),
+        dq_desc, *pieces,
         (*bounds, dirty, counts),
-        (stats, lse, grad_lse, sums), (scale * LOG2_E, scale),
+        (stats, lse, grad_lse, sums, scale * LOG2_E, scale),
         GROUP=group, **common | picked.constants(), num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
     if picked.whole:

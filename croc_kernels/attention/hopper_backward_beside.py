@@ -1,5 +1,5 @@
 """What two warps beside the multiplying ones do in the backward for sm_90: they prepare a later
-section of heads as ``_prepare_kernel`` does the first ones.
+section of heads as ``_prepare_kernel`` does the first ones, zeros alone or statistics too.
 """
 
 from triton.experimental import gluon
@@ -123,7 +123,8 @@ def _prepare_share(
     o_desc, g_desc, pieces, come, inputs, ready_ptr, turn_ptr, part, within, shares, key_planes,
     num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    SECTION: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr, HAS_GRAD_LSE: gl.constexpr,
+    SECTION: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr, STATISTICS: gl.constexpr,
+    HAS_GRAD_LSE: gl.constexpr,
 ):  # fmt: skip
     """Prepare share ``within`` of the section AHEAD after ``part``, then count it."""
     heads = gl.minimum(key_planes - (part + AHEAD) * SECTION, SECTION)
@@ -131,12 +132,15 @@ def _prepare_share(
         count = heads * (GROUP * num_tiles)
         share = (count + shares - 1) // shares
         begin = (part + AHEAD) * (SECTION * GROUP) * num_tiles
-        _prepare_tiles(
-            o_desc, g_desc, pieces, come, inputs, turn_ptr,
-            begin + gl.minimum(within * share, count),
-            begin + gl.minimum((within + 1) * share, count), num_tiles,
-            HEADS, D, BLOCK_M, ORDERED, HAS_GRAD_LSE,
-        )  # fmt: skip
+        base = begin + gl.minimum(within * share, count)
+        past = begin + gl.minimum((within + 1) * share, count)
+        if STATISTICS:
+            _prepare_tiles(
+                o_desc, g_desc, pieces, come, inputs, turn_ptr, base, past, num_tiles,
+                HEADS, D, BLOCK_M, ORDERED, HAS_GRAD_LSE,
+            )  # fmt: skip
+        else:
+            _zero_tiles(inputs[3], turn_ptr, base, past, BLOCK_M * D, ORDERED)
         # What threads wrote, for the copy engine of who reads the count, and fences again.
         fence_async()
         barrier()

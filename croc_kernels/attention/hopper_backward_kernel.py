@@ -17,8 +17,8 @@ def _consumer(
     dk_desc, dv_desc, dq_ptr, dq_desc, bounds, tiles, bars, kv_full, out_full, where, factors,
     num_tiles,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr,
-    EARLY: gl.constexpr, LATE: gl.constexpr, STATISTICS: gl.constexpr, WHOLE: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, ORDERED: gl.constexpr, EARLY: gl.constexpr,
+    LATE: gl.constexpr, STATISTICS: gl.constexpr, WHOLE: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """Products of one tile of keys with every tile of rows that sees some of it."""
     WR: gl.constexpr = 4 if D == 256 else 8
@@ -27,7 +27,7 @@ def _consumer(
     )
     d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WR, 8 // WR], [16, D * WR // 8, 16])
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [8, 1], [1, 0])
-    q_smem, k_smem, v_smem, g_smem, stats_smem, p_smem, ds_smem = tiles
+    q_smem, k_smem, v_smem, g_smem, stats_smem, p_smem, ds_smem, dq_smem = tiles
     dtype: gl.constexpr = q_smem.dtype
 
     batch, key_head, key, first, full, end_full, past = where
@@ -49,7 +49,7 @@ def _consumer(
     dk = gl.zeros([BLOCK_N, D], gl.float32, d_layout)
     dv = gl.zeros([BLOCK_N, D], gl.float32, d_layout)
     ds16 = gl.zeros([BLOCK_N, BLOCK_M], dtype, gl.DotOperandLayout(0, d_layout, 2))
-    _q_full, _g_full, empty, ready = bars
+    _q_full, _g_full, empty, _ready, _dq_full, _dq_empty = bars
     if LATE:
         gl.static_assert(D == 64)
         # The loop is then a pipeline of its own for ptxas, which else waits for every product.
@@ -57,12 +57,9 @@ def _consumer(
             0, [hopper.warpgroup_mma_init(dk), hopper.warpgroup_mma_init(dv)]
         )
         dk = hopper.warpgroup_mma_init(dk)
-    work = (q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem)
+    work = (q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem, dq_smem)
     limits = (full, end_full, bounds[2] + batch * num_tiles)
     step = 0
-    if AHEAD and not STATISTICS:
-        # Its warp said so long before, but where a section begins.
-        mbarrier.wait(ready, 0)
     for member in range(GROUP):
         tile = (batch * HEADS + key_head * GROUP + member) * num_tiles + first // BLOCK_M
         out = (dq_desc, batch, key_head * GROUP + member, scale)
@@ -71,6 +68,7 @@ def _consumer(
                 dk, dv, ds16, (step, m, tile), dq_ptr, out, work, bars,
                 limits, key_low, key_high, outer,
                 D, BLOCK_M, BLOCK_N, STAGES, ORDERED, LATE, LATE or STATISTICS or WHOLE, WHOLE,
+                STAGED,
             )  # fmt: skip
             step += 1
             tile += 1
@@ -119,43 +117,28 @@ def _place(
         first, past = 0 * low, num_tiles * BLOCK_M
     full = gl.minimum(gl.maximum(first, (full_low + BLOCK_M - 1) // BLOCK_M * BLOCK_M), past)
     end_full = gl.maximum(full, gl.minimum(full_high // BLOCK_M * BLOCK_M, past))
-    if WHOLE:
-        # Zeros beyond the last key would else have weights, which overflow where scores are low.
-        end_full = gl.where(num_keys < BLOCK_N, full, end_full)
+    # Zeros beyond the last key would else have weights, which overflow where scores are low.
+    end_full = gl.where(key + BLOCK_N > num_keys, full, end_full)
     return part, within, size, plane, (batch, key_head, key, first, full, end_full, past)
 
 
 @gluon.jit
-def _later(
-    part, within, size, heads, tiles, num_tiles, dq_ptr,
-    GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, SECTION: gl.constexpr,
-    AHEAD: gl.constexpr,
-):  # fmt: skip
-    """How many programs prepare this section, 0 for those of the kernel before; and the sums of the
-    next, the share of them that this program zeroes and how many shares there are, and their size.
-    """
-    before = gl.where(part >= AHEAD, tiles * SECTION, 0)
-    heads = gl.maximum(gl.minimum(heads - (part + 1) * SECTION, SECTION), 0)
-    sums = dq_ptr + ((part + 1) * (SECTION * GROUP)).to(gl.int64) * num_tiles * (BLOCK_M * D)
-    return before, (sums, within, size * tiles, heads * (GROUP * num_tiles * (BLOCK_M * D // 512)))
-
-
-@gluon.jit
 def _mixed_attention_bwd_hopper_kernel(
-    q_desc, k_desc, v_desc, g_desc, stats_desc, dk_desc, dv_desc, o_desc, go_dq_desc, bounds,
-    inputs, factors,
+    q_desc, k_desc, v_desc, g_desc, stats_desc, dk_desc, dv_desc, dq_desc, o_desc, go_desc,
+    bounds, inputs,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SECTION: gl.constexpr, ORDERED: gl.constexpr,
     AHEAD: gl.constexpr, EARLY: gl.constexpr, LATE: gl.constexpr, STATISTICS: gl.constexpr,
-    HAS_GRAD_LSE: gl.constexpr, WHOLE: gl.constexpr,
+    HAS_GRAD_LSE: gl.constexpr, WHOLE: gl.constexpr, STAGED: gl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_N, D) tile of dK and dV per program; dQ is added up in float32.
 
     ``bounds``: row_start and row_end as in ``of_sample``, then what the kernel before wrote: tiles
     with rows that see nothing, and zeros to count in: tickets drawn, programs that have prepared
     their share of a section, programs of each key head that are done, whose turn it is at each tile
-    of rows. ``inputs``: statistics of rows, what they are made of, dQ. ``o_desc`` and
-    ``go_dq_desc``: pieces of O and dO with STATISTICS; WHOLE, the second are tiles of dQ.
+    of rows. ``inputs``: statistics of rows, what they are made of, dQ, factors of scores
+    before exp2 and of dK. ``dq_desc``: tiles of dQ, STAGED of its sums in float32. ``o_desc`` and
+    ``go_desc``: with STATISTICS pieces of O and dO.
 
     With ORDERED tile n of the keys waits at each tile of dQ for tile n + 1, which with a causal
     mask is ahead anyway. With AHEAD the kernel before prepared as many sections of heads; each
@@ -163,19 +146,19 @@ def _mixed_attention_bwd_hopper_kernel(
     have: zeros, with STATISTICS those of rows too. Who is waited for has drawn a ticket before, so
     it is running or done. With EARLY the kernel after counts the programs that are done. WHOLE: one
     tile holds all keys, so each tile of dQ is done once it is computed and leaves in its dtype.
+    STAGED: a warp beside the multiplying ones lets the copy engine add dQ up.
     """
     if WHOLE:
-        gl.static_assert(not (ORDERED or AHEAD or EARLY or LATE or STATISTICS))
-    if STATISTICS:
-        gl.static_assert(AHEAD > 0)
-    else:
-        # The turnstile zeroes the next section alone, and no turns.
-        gl.static_assert(AHEAD <= 1 - ORDERED)
+        gl.static_assert(not (ORDERED or AHEAD or EARLY or LATE or STAGED))
+    # Zeros of a section alone are waited for by the warp that adds to them.
+    gl.static_assert(STAGED or STATISTICS if AHEAD else not STATISTICS)
     num_keys = k_desc.shape[2]
     num_tiles = (q_desc.shape[2] + BLOCK_M - 1) // BLOCK_M
     tiles = (num_keys + BLOCK_N - 1) // BLOCK_N
     heads = gl.num_programs(0) // tiles
-    counts_ptr, dq_ptr = bounds[3], inputs[3]
+    counts_ptr = bounds[3]
+    stats_ptr, lse_ptr, grad_lse_ptr, dq_ptr, outer, scale = inputs
+    factors, rows = (outer, scale), (stats_ptr, lse_ptr, grad_lse_ptr, dq_ptr)
     if ORDERED or AHEAD:
         # Tickets are counted from what the kernel before wrote.
         gdc_wait()
@@ -200,8 +183,13 @@ def _mixed_attention_bwd_hopper_kernel(
     stats_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, 2 * BLOCK_M], stats_desc.layout)
     q_full, g_full, empty = barriers(STAGES), barriers(STAGES), barriers(STAGES)
     kv_full = barriers(1).index(0)
-    ready = barriers(1).index(0) if ORDERED or (AHEAD and not STATISTICS) else kv_full
+    ready = barriers(1).index(0) if ORDERED and not STAGED else kv_full
     out_full = barriers(1).index(0) if EARLY else kv_full
+    dq_smem, dq_full, dq_empty = ds_smem, kv_full, kv_full
+    if STAGED:
+        dq_smem = gl.allocate_shared_memory(gl.float32, dq_desc.block_type.shape, dq_desc.layout)
+        dq_full, dq_empty = barriers(1).index(0), barriers(1).index(0)
+    pieces, come = q_smem, q_full
     if STATISTICS:
         SLOTS: gl.constexpr = 256 // D
         shape: gl.constexpr = [2 * SLOTS, 1, 1, o_desc.block_type.shape[2], D]
@@ -218,33 +206,32 @@ def _mixed_attention_bwd_hopper_kernel(
     ready_ptr = counts_ptr + 1 + part
     done_ptr = counts_ptr + 1 + heads * GROUP + plane
     turn_ptr = counts_ptr + 1 + 2 * heads * GROUP
-    before, ahead = _later(
-        part, within, size, heads, tiles, num_tiles, dq_ptr, GROUP, D, BLOCK_M, SECTION, AHEAD
-    )
-    smem = (q_smem, k_smem, v_smem, g_smem, stats_smem, p_smem, ds_smem)
-    bars = (q_full, g_full, empty, ready)
+    # So many programs prepare this section; what the kernel before prepared is there.
+    before = gl.where(part >= AHEAD, tiles * SECTION, 0)
+    smem = (q_smem, k_smem, v_smem, g_smem, stats_smem, p_smem, ds_smem, dq_smem)
+    bars = (q_full, g_full, empty, ready, dq_full, dq_empty)
     # Constexprs are written out: a name for them would make them values of the kernel.
-    if STATISTICS:
+    if AHEAD:
         gl.warp_specialize(
             [
                 (_consumer, (
-                    dk_desc, dv_desc, dq_ptr, go_dq_desc, bounds, smem, bars, kv_full, out_full,
+                    dk_desc, dv_desc, dq_ptr, dq_desc, bounds, smem, bars, kv_full, out_full,
                     where, factors, num_tiles, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED,
-                    AHEAD, EARLY, LATE, STATISTICS, WHOLE,
+                    EARLY, LATE, STATISTICS, WHOLE, STAGED,
                 )),
                 (_producer, (
                     q_desc, k_desc, v_desc, g_desc, stats_desc, smem, bars, kv_full, ready_ptr,
                     before, where, num_tiles, HEADS, GROUP, BLOCK_M, STAGES, AHEAD, STATISTICS,
                 )),
                 (_turnstile, (
-                    bounds[0], turn_ptr, ready_ptr, before, ahead, done_ptr, bars, where, num_tiles,
-                    dk_desc, dv_desc, smem, out_full, HEADS, GROUP, BLOCK_M, BLOCK_N, STAGES,
-                    ORDERED, AHEAD, STATISTICS, EARLY,
+                    bounds[0], turn_ptr, ready_ptr, before, done_ptr, bars, where, num_tiles,
+                    dk_desc, dv_desc, dq_desc, smem, out_full, HEADS, GROUP, BLOCK_M, BLOCK_N,
+                    STAGES, ORDERED, AHEAD, EARLY, STAGED,
                 )),
                 (_prepare_share, (
-                    o_desc, go_dq_desc, pieces, come, inputs, ready_ptr, turn_ptr, part, within,
+                    o_desc, go_desc, pieces, come, rows, ready_ptr, turn_ptr, part, within,
                     size * tiles, heads, num_tiles,
-                    HEADS, GROUP, D, BLOCK_M, SECTION, ORDERED, AHEAD, HAS_GRAD_LSE,
+                    HEADS, GROUP, D, BLOCK_M, SECTION, ORDERED, AHEAD, STATISTICS, HAS_GRAD_LSE,
                 )),
             ],
             [1, 1, 2], [24, 24, 24],
@@ -253,18 +240,18 @@ def _mixed_attention_bwd_hopper_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    dk_desc, dv_desc, dq_ptr, go_dq_desc, bounds, smem, bars, kv_full, out_full,
+                    dk_desc, dv_desc, dq_ptr, dq_desc, bounds, smem, bars, kv_full, out_full,
                     where, factors, num_tiles, HEADS, GROUP, D, BLOCK_M, BLOCK_N, STAGES, ORDERED,
-                    AHEAD, EARLY, LATE, STATISTICS, WHOLE,
+                    EARLY, LATE, STATISTICS, WHOLE, STAGED,
                 )),
                 (_producer, (
                     q_desc, k_desc, v_desc, g_desc, stats_desc, smem, bars, kv_full, ready_ptr,
                     before, where, num_tiles, HEADS, GROUP, BLOCK_M, STAGES, AHEAD, STATISTICS,
                 )),
                 (_turnstile, (
-                    bounds[0], turn_ptr, ready_ptr, before, ahead, done_ptr, bars, where, num_tiles,
-                    dk_desc, dv_desc, smem, out_full, HEADS, GROUP, BLOCK_M, BLOCK_N, STAGES,
-                    ORDERED, AHEAD, STATISTICS, EARLY,
+                    bounds[0], turn_ptr, ready_ptr, before, done_ptr, bars, where, num_tiles,
+                    dk_desc, dv_desc, dq_desc, smem, out_full, HEADS, GROUP, BLOCK_M, BLOCK_N,
+                    STAGES, ORDERED, AHEAD, EARLY, STAGED,
                 )),
             ],
             [1, 1], [24, 24],

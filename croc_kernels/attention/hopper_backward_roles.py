@@ -1,5 +1,5 @@
-"""Two warps beside the multiplying ones in the backward for sm_90: one brings tiles, one knows when
-dQ may be added to.
+"""Two warps beside the multiplying ones in the backward for sm_90: one brings tiles, one adds dQ
+up, or knows when it may be added to.
 """
 
 import triton.language as tl
@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from .hopper import barrier, of_sample, tma_load, tma_store
+from .hopper import of_sample, tma_add, tma_load, tma_store
 
 _AWAIT: tl.constexpr = tl.constexpr("""
 {
@@ -21,6 +21,7 @@ again:
 }
 """)
 _FENCE: tl.constexpr = tl.constexpr("{ fence.proxy.async.global; mov.b32 $0, $1; }")
+_LANDED: tl.constexpr = tl.constexpr("{ cp.async.bulk.wait_group 0; mov.b32 $0, $1; }")
 _RELEASE: tl.constexpr = tl.constexpr("""
 {
     .reg .b32 lane;
@@ -70,8 +71,8 @@ def _producer(
 ):  # fmt: skip
     """Bring K and V once, then Q, dO and their statistics tile by tile."""
     batch, key_head, key, first, _full, _end_full, past = where
-    q_smem, k_smem, v_smem, g_smem, stats_smem, _p_smem, _ds_smem = smem
-    q_full, g_full, empty, _ready = bars
+    q_smem, k_smem, v_smem, g_smem, stats_smem, _p_smem, _ds_smem, _dq_smem = smem
+    q_full, g_full, empty, _ready, _dq_full, _dq_empty = bars
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     tma_load(k_desc, [batch, key_head, key, 0], kv_full, k_smem)
     tma_load(v_desc, [batch, key_head, key, 0], kv_full, v_smem)
@@ -101,66 +102,74 @@ def _producer(
 
 
 @gluon.jit
-def _zero_ahead(ready, ready_ptr, before, ahead):
-    """Let the consumer add once the sums of its section are zero, then zero a share of the next
-    section's. Those waited for have drawn their tickets before.
+def _release(pointer, value):
+    """Set a word, after what was written before."""
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0
+    word = pointer.to(gl.int64) + lanes.to(gl.int64)
+    gl.inline_asm_elementwise(
+        _RELEASE, "=r,l,r", [word, lanes + value], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _landed():
+    """Wait until all that this warp has given the copy engine is in global memory, for whoever is
+    told afterwards; ``store_wait`` waits only until it has been read.
     """
-    next_ptr, share, shares, pieces = ahead
-    if before > 0:
-        _await(ready_ptr - 1, before)
-    mbarrier.arrive(ready, count=1)
-    layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
-    offs = gl.arange(0, 512, layout)
-    zero = gl.zeros([512], gl.float32, layout)
-    chunk = (pieces + shares - 1) // shares
-    for i in range(share * chunk, gl.minimum((share + 1) * chunk, pieces)):
-        gl.store(next_ptr + i.to(gl.int64) * 512 + offs, zero)
-    # Of all lanes' stores.
-    barrier()
-    gl.atomic_add(ready_ptr, 1, sem="release")
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise(_LANDED, "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _turnstile(
-    row_start, turn_ptr, ready_ptr, before, ahead, done_ptr, bars, where, num_tiles,
-    dk_desc, dv_desc, smem, out_full,
+    row_start, turn_ptr, ready_ptr, before, done_ptr, bars, where, num_tiles,
+    dk_desc, dv_desc, dq_desc, smem, out_full,
     HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr, STATISTICS: gl.constexpr,
-    EARLY: gl.constexpr,
+    STAGES: gl.constexpr, ORDERED: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr,
+    STAGED: gl.constexpr,
 ):  # fmt: skip
-    """Let the consumer add to a tile of dQ once the next tile of keys has; then pass the turn on.
+    """STAGED, add the tiles of dQ that the consumer hands over. ORDERED, each once the next tile of
+    keys has been added to it, and then pass the turn on; else say when the consumer may add.
 
-    In a warp of its own, so that the consumer never waits for its own additions to arrive. Nothing
-    to do unless ORDERED, AHEAD or EARLY. EARLY, it also stores dK and dV and says that this program
-    is done: stores and counts at the consumer's end cost it registers in its loop.
+    In a warp of its own, so that the consumer never waits for its own additions to arrive. EARLY,
+    it also stores dK and dV and says that this program is done: stores and counts at the consumer's
+    end cost it registers in its loop.
     """
     batch, key_head, key, first, _full, _end_full, past = where
-    _q_full, _g_full, empty, ready = bars
-    num_keys = dk_desc.shape[2]
-    if STATISTICS:
+    _q_full, _g_full, empty, ready, dq_full, dq_empty = bars
+    num_keys, dq_smem = dk_desc.shape[2], smem[7]
+    if AHEAD:
         # A program without rows, too: the kernel after reads zeros when it is done.
         _await_section(ready_ptr - AHEAD, before)
-    elif AHEAD:
-        _zero_ahead(ready, ready_ptr, before, ahead)
-    if ORDERED:
+    if ORDERED or STAGED:
         turn = key // BLOCK_N + 1
         next_first = past
-        if key + BLOCK_N < num_keys:
+        if ORDERED and key + BLOCK_N < num_keys:
             next_first = gl.load(of_sample(row_start, batch) + key + BLOCK_N) // BLOCK_M * BLOCK_M
-        lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0
         step = 0
         for member in range(GROUP):
             tile = (batch * HEADS + key_head * GROUP + member) * num_tiles + first // BLOCK_M
             for m in range(first, past, BLOCK_M):
-                _await(turn_ptr + tile, gl.where(m < next_first, 0, turn + 1))
-                mbarrier.arrive(ready, count=1)
-                mbarrier.wait(empty.index(step % STAGES), (step // STAGES) & 1)
-                word = (turn_ptr + tile).to(gl.int64) + lanes.to(gl.int64)
-                gl.inline_asm_elementwise(
-                    _RELEASE, "=r,l,r", [word, lanes + turn], dtype=gl.int32, is_pure=False, pack=1
-                )
+                if ORDERED:
+                    _await(turn_ptr + tile, gl.where(m < next_first, 0, turn + 1))
+                if STAGED:
+                    if ORDERED:
+                        fence_async()
+                    mbarrier.wait(dq_full, step & 1)
+                    tma_add(dq_desc, [tile * dq_smem.shape[0], 0], dq_smem)
+                    tma.store_wait(0)
+                    mbarrier.arrive(dq_empty, count=1)
+                    if ORDERED:
+                        _landed()
+                else:
+                    mbarrier.arrive(ready, count=1)
+                    mbarrier.wait(empty.index(step % STAGES), (step // STAGES) & 1)
+                if ORDERED:
+                    _release(turn_ptr + tile, turn)
                 step += 1
                 tile += 1
+    if STAGED:
+        _landed()
     if EARLY:
         mbarrier.wait(out_full, 0)
         tma_store(dk_desc, [batch, key_head, key, 0], smem[1])

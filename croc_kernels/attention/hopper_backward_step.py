@@ -53,8 +53,8 @@ def _scores(
     s_layout: gl.constexpr,
 ):  # fmt: skip
     """Wait for a tile of Q and start K Q^T; rows that see nothing are zeroed before."""
-    q_smem, k_tile, _v_tile, g_smem, stats_smem, _p_smem, _ds_smem = tiles
-    q_full, g_full, _empty, _ready = bars
+    q_smem, k_tile, _v_tile, g_smem, stats_smem, _p_smem, _ds_smem, _dq_smem = tiles
+    q_full, g_full, _empty, _ready, _dq_full, _dq_empty = bars
     full, end_full, dirty_ptr = limits
     copy: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [8, 1], [1, 0])
     slot, phase = step % STAGES, (step // STAGES) & 1
@@ -97,6 +97,23 @@ def _add(
 
 
 @gluon.jit
+def _hand_over(
+    dq, dq_smem, dq_full, dq_empty, step,
+    TRANSPOSED: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Leave a tile of dQ in shared memory, in the order of ``_add``, for the warp that adds it."""
+    R: gl.constexpr = D if TRANSPOSED else BLOCK_M
+    C: gl.constexpr = BLOCK_M if TRANSPOSED else D
+    WR: gl.constexpr = 4 if R == 64 else 8
+    mbarrier.wait(dq_empty, (step & 1) ^ 1)
+    x = gl.reshape(dq, [R // (16 * WR), WR, 2, 8, 8 // WR, C * WR // 64, 4, 2])
+    x = gl.permute(x, (0, 5, 4, 1, 3, 6, 2, 7))
+    dq_smem.store(gl.reshape(x, dq_smem.shape))
+    hopper.fence_async_shared()
+    mbarrier.arrive(dq_full, count=1)
+
+
+@gluon.jit
 def _leave(dq, out, m, q_tile, TRANSPOSED: gl.constexpr):
     """Store a tile of dQ, which all of its head's keys are in, from where its rows of Q lay: all
     their products are done. The slot is given back once the copy engine has read it.
@@ -117,16 +134,17 @@ def _step(
     dk, dv, ds16, state, dq_ptr, out, tiles, bars, limits, key_low, key_high, outer,
     D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     ORDERED: gl.constexpr, LATE: gl.constexpr, FIXED: gl.constexpr, WHOLE: gl.constexpr,
+    STAGED: gl.constexpr,
 ):  # fmt: skip
     """One tile of rows: its part of dV, dK and dQ. With LATE dV's product is issued before dP is
     waited for, and dK's, with ``ds16`` on its left, runs into the next step, which then gives the
     slot back. FIXED: masks are compared with constants; beside STATISTICS ptxas else packs what was
     compared into registers, 264 instructions in a partly seen tile. WHOLE: dQ is not added but
-    stored, from the slot, which the next step gives back.
+    stored, from the slot, which the next step gives back. STAGED: another warp adds it.
     """
     step, m, tile = state
-    q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem = tiles
-    _q_full, g_full, empty, ready = bars
+    q_smem, k_tile, v_tile, g_smem, stats_smem, p_smem, ds_smem, dq_smem = tiles
+    _q_full, g_full, empty, ready, dq_full, dq_empty = bars
     full, end_full, _dirty_ptr = limits
     s_layout: gl.constexpr = key_low.type.layout.parent
     d_layout: gl.constexpr = dv.type.layout
@@ -203,7 +221,7 @@ def _step(
     else:
         ds16 = gl.convert_layout(ds, a_layout)
         dk = hopper.warpgroup_mma(ds16, q, dk, is_async=True)
-    if ORDERED:
+    if ORDERED and not STAGED:
         mbarrier.wait(ready, step & 1)
     elif LATE:
         # K and V came long before, but without a wait here the loop is slower.
@@ -212,7 +230,9 @@ def _step(
         dq = hopper.warpgroup_mma_wait(2, [dq])
     else:
         dq, dv, p16 = hopper.warpgroup_mma_wait(1, [dq, dv, p16])
-    if not WHOLE:
+    if STAGED:
+        _hand_over(dq, dq_smem, dq_full, dq_empty, step, TRANSPOSED, BLOCK_M, D)
+    elif not WHOLE:
         _add(dq, dq_ptr + tile.to(gl.int64) * (BLOCK_M * D), TRANSPOSED, BLOCK_M, D, LATE)
     if SHARED:
         dk, dv = hopper.warpgroup_mma_wait(0, [dk, dv])
