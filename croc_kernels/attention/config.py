@@ -261,7 +261,7 @@ HOPPER_STATISTICS = {
     (False, False): (
         (576, 3, 8), (768, 4, 4), (1024, 2, 8), (1536, 2, 4), (HOPPER_LONG[1], 2, 2),
     ),
-    (False, True): ((1024, 3, 8), (1536, 2, 4), (2 * HOPPER_LONG[1], 2, 2)),
+    (False, True): ((1024, 2, 8), (HOPPER_LONG[1], 2, 4), (2 * HOPPER_LONG[1], 2, 2)),
     (True, False): ((512, 4, 8), (576, 3, 8), (1024, 2, 8), (HOPPER_LONG[1], 2, 4), (6144, 2, 2)),
     (True, True): ((512, 4, 8), (576, 3, 8), (1024, 2, 8), (HOPPER_LONG[1], 2, 2)),
 }  # fmt: skip

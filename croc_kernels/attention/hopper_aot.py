@@ -22,7 +22,7 @@ SPILLS = {
     "mixed_attention_bwd_hopper-D128-fp16": 12,
     "mixed_attention_bwd_hopper-D128-bf16-L256": 36,
     "mixed_attention_bwd_hopper-D128-bf16-group4": 24,
-    "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 32,
+    "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 36,
     "mixed_attention_bwd_hopper-D128-bf16-group4-ordered": 56,
     "mixed_attention_bwd_hopper-D128-bf16-few": 24,
     "mixed_attention_bwd_hopper-D128-bf16-few-ordered": 48,

@@ -67,7 +67,7 @@ def _consumer(
             dk, dv, ds16 = _step(
                 dk, dv, ds16, (step, m, tile), dq_ptr, out, work, bars,
                 limits, key_low, key_high, outer,
-                D, BLOCK_M, BLOCK_N, STAGES, ORDERED, LATE, LATE or STATISTICS or WHOLE, WHOLE,
+                D, BLOCK_M, BLOCK_N, STAGES, ORDERED, LATE, D != 256 or WHOLE, WHOLE,
                 STAGED,
             )  # fmt: skip
             step += 1

@@ -138,8 +138,8 @@ def _step(
 ):  # fmt: skip
     """One tile of rows: its part of dV, dK and dQ. With LATE dV's product is issued before dP is
     waited for, and dK's, with ``ds16`` on its left, runs into the next step, which then gives the
-    slot back. FIXED: masks are compared with constants; beside STATISTICS ptxas else packs what was
-    compared into registers, 264 instructions in a partly seen tile. WHOLE: dQ is not added but
+    slot back. FIXED: masks are compared with constants; ptxas else may pack what was compared into
+    registers, 264 instructions in a partly seen tile. WHOLE: dQ is not added but
     stored, from the slot, which the next step gives back. STAGED: another warp adds it.
     """
     step, m, tile = state
