@@ -236,6 +236,11 @@ ATTENTION_LENGTHS = (
     Attention("packed-16x640", 1, 32, 32, 10240, 128, 1, documents=16),
     Attention("packed-8x1024", 1, 32, 32, 8192, 128, 1, documents=8),
     Attention("B1-16k", 1, 32, 32, 16384, 128, 16),
+    *(
+        Attention(f"hd{dim}-B{batch}-{length}", batch, heads, keys, length, dim, 1, 0, tokens)
+        for dim, heads, keys in ((64, 32, 32), (256, 8, 4))
+        for batch, length, tokens in ((32, 128, 64), (16, 512, 256), (4, 1200, IMAGE_TOKENS))
+    ),
 )
 ATTENTION_CPU = (
     Attention("tiny-256", 1, 4, 4, 256, 64, 1, image_tokens=144),
