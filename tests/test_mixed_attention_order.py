@@ -178,7 +178,7 @@ def overlap(request, monkeypatch):
     def forced(*arguments, ordered=False, **options):
         picked = pick(*arguments, ordered=ordered, **options)
         statistics = how == "statistics"
-        ahead = 2 if statistics else how == "zeros"
+        ahead = 2 if statistics else int(how == "zeros")
         return replace(
             picked, ahead=ahead, statistics=statistics, early=bool(ahead) or not ordered,
             late=how == "late", whole=False, staged=how in ("zeros", "staged"),
