@@ -44,6 +44,12 @@ def capability(index: int) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def multiprocessors(index: int) -> int:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "croc_kernels"
 OPERATORS = ("attention", "cost", "assignment", "replacement")
 
 # A module may import modules of a lower level, and those of its own level where LEVELS_OPEN has it.
-BASE = ("_versions", "aot", "backend", "checks")
+BASE = ("_versions", "aot", "backend", "checks", "launch")
 LEVELS = {"base": 0, "ops": 1, "implementation": 2, "api": 3, "layer": 4, "glue": 5, "command": 6}
 LEVELS_OPEN = ("base", "implementation", "layer", "glue", "command")
 # Implementations of one operator: none imports another, and only api.py imports the reference.

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import on_device
+from ..launch import launch
 from . import config
 from .config import LOG2_E
 from .hopper_backward import hopper_bwd
@@ -283,11 +284,13 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     delta = torch.empty((batch, heads, length), dtype=torch.float32, device=out.device)
     block_m = config.DELTA_BLOCK_M
     lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
-    _delta_kernel[(triton.cdiv(length, block_m) * batch * heads,)](
-        out, grad_out, delta if grad_lse is None else grad_lse, delta,
-        (*out.stride()[:3], *grad_out.stride()[:3], *lse_strides), length,
-        HEADS=heads, D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK_M=block_m,
-        HAS_GRAD_LSE=grad_lse is not None, num_warps=config.DELTA_NUM_WARPS,
+    launch(
+        _delta_kernel, (triton.cdiv(length, block_m) * batch * heads, 1, 1),
+        (out, grad_out, delta if grad_lse is None else grad_lse, delta,
+         (*out.stride()[:3], *grad_out.stride()[:3], *lse_strides), length),
+        {"HEADS": heads, "D": dim, "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_M": block_m,
+         "HAS_GRAD_LSE": grad_lse is not None},
+        num_warps=config.DELTA_NUM_WARPS,
     )  # fmt: skip
     return delta
 
@@ -327,12 +330,13 @@ def mixed_attention_bwd(
     query_programs = triton.cdiv(length, picked.queries_block_m) * batch * heads
     with on_device(q):
         delta = _delta(out, grad_out, grad_lse)
-        _mixed_attention_bwd_kernel[(key_programs + query_programs,)](
-            (q, k, v, grad_out), (lse, delta), tuple(grads), bounds,
-            (*(s for x in (q, k, v, grad_out, *grads) for s in x.stride()[:3]), *between),
-            *config.factors(scale, softcap), scale, length, num_keys, key_programs,
-            HAS_UNTIL=visible_until is not None, HAS_SOFTCAP=softcap != 0.0,
-            **config.shape_constants(q, k), **picked.constants(),
+        launch(
+            _mixed_attention_bwd_kernel, (key_programs + query_programs, 1, 1),
+            ((q, k, v, grad_out), (lse, delta), tuple(grads), bounds,
+             (*(s for x in (q, k, v, grad_out, *grads) for s in x.stride()[:3]), *between),
+             *config.factors(scale, softcap), scale, length, num_keys, key_programs),
+            {"HAS_UNTIL": visible_until is not None, "HAS_SOFTCAP": softcap != 0.0,
+             **config.shape_constants(q, k), **picked.constants()},
             num_warps=picked.num_warps, num_stages=picked.num_stages,
         )  # fmt: skip
     return tuple(grads)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import on_device
+from ..launch import launch
 from . import config
 from .hopper_forward import hopper_fwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
@@ -133,14 +134,15 @@ def mixed_attention_fwd(
         v = v.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     bounds, between = config.by_sample(start, end, end if visible_until is None else visible_until)
     picked = config.pick_forward(arch, dim, q.dtype, length)
-    grid = (triton.cdiv(length, picked.block_m) * batch * heads,)
+    grid = (triton.cdiv(length, picked.block_m) * batch * heads, 1, 1)
     with on_device(q):
-        _mixed_attention_fwd_kernel[grid](
-            q, k, v, out, lse, bounds,
-            (*(s for x in (q, k, v, out) for s in x.stride()[:3]), *between),
-            *config.factors(scale, softcap), length, k.shape[2],
-            HAS_UNTIL=visible_until is not None, HAS_SOFTCAP=softcap != 0.0,
-            **config.shape_constants(q, k), **picked.constants(),
+        launch(
+            _mixed_attention_fwd_kernel, grid,
+            (q, k, v, out, lse, bounds,
+             (*(s for x in (q, k, v, out) for s in x.stride()[:3]), *between),
+             *config.factors(scale, softcap), length, k.shape[2]),
+            {"HAS_UNTIL": visible_until is not None, "HAS_SOFTCAP": softcap != 0.0,
+             **config.shape_constants(q, k), **picked.constants()},
             num_warps=picked.num_warps, num_stages=picked.num_stages,
         )  # fmt: skip
     return out, lse

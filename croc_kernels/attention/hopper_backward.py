@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ..launch import launch
 from .config import LOG2_E, HopperBackwardConfig, by_sample, tma_aligned
-from .hopper import tile_descriptor
+from .hopper import descriptor, tile_descriptor
 from .hopper_backward_kernel import _mixed_attention_bwd_hopper_kernel
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
@@ -149,10 +149,17 @@ def _workspace(
     return found if len(found) == 4 else [*found, found[1], found[0]]
 
 
-def _sums_descriptor(sums: Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of dQ added up in float32, as they lie in registers."""
-    sums = sums.view(-1, SUMS)
-    return TensorDescriptor(sums, list(sums.shape), [SUMS, 1], [rows, SUMS], _STATISTICS)
+def _dq_descriptor(dq: Tensor, sums: Tensor, picked: HopperBackwardConfig) -> object | None:
+    """Tiles of dQ that the copy engine stores, or of its sums in float32, as they lie in registers,
+    that it adds to; None where it does neither.
+    """
+    if picked.whole:
+        return tile_descriptor(dq, picked.block_m)
+    if not picked.staged:
+        return None
+    rows = sums.shape[1] // SUMS
+    shape = (sums.shape[0] * rows, SUMS)
+    return descriptor(sums, shape, (SUMS, 1), (rows, SUMS), _STATISTICS)
 
 
 def hopper_bwd(
@@ -181,35 +188,32 @@ def hopper_bwd(
         "HAS_GRAD_LSE": has_grad_lse,
     }  # fmt: skip
     first = min(planes, picked.section * group * picked.ahead) if picked.ahead else planes
-    _prepare_kernel[((first + batch if part else planes) * tiles,)](
-        out, grad_out, lse, grad_lse, stats, dirty, counts, sums,
-        (*out.stride()[:3], *grad_out.stride()[:3]), length, planes, first,
-        PART=part, LAUNCH=overlap, WHOLE=picked.whole, **common, num_warps=8,
+    launch(
+        _prepare_kernel, ((first + batch if part else planes) * tiles, 1, 1),
+        (out, grad_out, lse, grad_lse, stats, dirty, counts, sums,
+         (*out.stride()[:3], *grad_out.stride()[:3]), length, planes, first),
+        {"PART": part, "LAUNCH": overlap, "WHOLE": picked.whole, **common}, num_warps=8,
     )  # fmt: skip
-    stats_desc = TensorDescriptor(
-        stats, list(stats.shape), [2 * block_m, 1], [1, 2 * block_m], _STATISTICS
+    stats_desc = descriptor(
+        stats, (planes * tiles, 2 * block_m), (2 * block_m, 1), (1, 2 * block_m), _STATISTICS
     )
     g_desc = tile_descriptor(grad_out, block_m)
     # What only some kernels read or write.
-    dq_desc, pieces = g_desc, (g_desc, g_desc)
-    if picked.whole:
-        dq_desc = tile_descriptor(grads[0], block_m)
-    elif picked.staged:
-        dq_desc = _sums_descriptor(sums, block_m * dim // SUMS)
-    if part:
-        pieces = (tile_descriptor(out, PIECE), tile_descriptor(grad_out, PIECE))
-    _mixed_attention_bwd_hopper_kernel[(key_tiles * batch * key_heads,)](
-        tile_descriptor(q, block_m), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
-        g_desc, stats_desc, *(tile_descriptor(x, block_n) for x in grads[1:]),
-        dq_desc, *pieces,
-        (*bounds, dirty, counts),
-        (stats, lse, grad_lse, sums, scale * LOG2_E, scale),
-        GROUP=group, **common | picked.constants(), num_warps=8, launch_pdl=overlap,
+    dq_desc = _dq_descriptor(grads[0], sums, picked) or g_desc
+    pieces = (tile_descriptor(x, PIECE) if part else g_desc for x in (out, grad_out))
+    launch(
+        _mixed_attention_bwd_hopper_kernel, (key_tiles * batch * key_heads, 1, 1),
+        (tile_descriptor(q, block_m), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
+         g_desc, stats_desc, *(tile_descriptor(x, block_n) for x in grads[1:]), dq_desc, *pieces,
+         (*bounds, dirty, counts), (stats, lse, grad_lse, sums, scale * LOG2_E, scale)),
+        {"GROUP": group, **common, **picked.constants()}, num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
     if picked.whole:
         return
-    _finish_kernel[(planes * tiles,)](
-        sums, grads[0], grads[0].stride()[:3], scale, length, counts, key_tiles,
-        HEADS=heads, GROUP=group, D=dim, BLOCK_M=block_m, TRANSPOSED=dim >= 128, WAIT=overlap,
-        EARLY=picked.early, num_warps=8, launch_pdl=overlap,
+    launch(
+        _finish_kernel, (planes * tiles, 1, 1),
+        (sums, grads[0], grads[0].stride()[:3], scale, length, counts, key_tiles),
+        {"HEADS": heads, "GROUP": group, "D": dim, "BLOCK_M": block_m, "TRANSPOSED": dim >= 128,
+         "WAIT": overlap, "EARLY": picked.early},
+        num_warps=8, launch_pdl=overlap,
     )  # fmt: skip

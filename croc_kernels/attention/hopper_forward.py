@@ -19,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ..backend import multiprocessors
+from ..launch import launch
 from .config import LOG2_E, HopperForwardConfig, by_sample
 from .hopper import barrier, of_sample, tile_descriptor, tma_store
 from .hopper_forward_loads import given, item_of, produce
@@ -317,14 +319,17 @@ def hopper_fwd(
     batch, heads, length, dim = q.shape
     rows, block_n = picked.block_m // picked.groups, picked.block_n
     items = triton.cdiv(length, picked.block_m) * batch * heads
-    programs = min(items, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    bounds = zip(*by_sample(start, end), strict=True)
+    programs = min(items, multiprocessors(q.device.index))
+    bounds = tuple(zip(*by_sample(start, end), strict=True))
     counter = lse
     if picked.dynamic:
         # One of its own for every launch: graphs that are replayed and streams side by side.
         counter = torch.zeros(1, dtype=torch.int32, device=q.device)
-    _mixed_attention_fwd_hopper_kernel[(programs,)](
-        tile_descriptor(q, rows), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
-        tile_descriptor(out, rows, min(dim, 128)), lse, counter, *bounds, scale * LOG2_E, length,
-        items, HEADS=heads, GROUP=heads // k.shape[1], D=dim, **picked.constants(), num_warps=4,
+    launch(
+        _mixed_attention_fwd_hopper_kernel, (programs, 1, 1),
+        (tile_descriptor(q, rows), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
+         tile_descriptor(out, rows, min(dim, 128)), lse, counter, *bounds, scale * LOG2_E, length,
+         items),
+        {"HEADS": heads, "GROUP": heads // k.shape[1], "D": dim, **picked.constants()},
+        num_warps=4,
     )  # fmt: skip
