@@ -220,11 +220,13 @@ def test_kernels_finish_puts_the_gradient_of_queries_in_rows(dim, block_m, early
 
 
 @pytest.mark.parametrize("with_lse", [True, False])
-@pytest.mark.parametrize(("first", "part"), [(6, False), (4, False), (4, True)])
-def test_kernels_prepare_marks_rows_that_see_nothing(with_lse, first, part, monkeypatch):
+@pytest.mark.parametrize("how", ["whole", (6, False), (4, False), (4, True)])
+def test_kernels_prepare_marks_rows_that_see_nothing(with_lse, how, monkeypatch):
     """Of two samples with three heads each: zeros for the first heads, and statistics for all or
-    for those alone.
+    for those alone. Nothing to zero where one tile holds all keys.
     """
+    whole = how == "whole"
+    first, part = (6, False) if whole else how
     monkeypatch.setattr(hopper_backward, "gdc_launch_dependents", lambda: None)
     length, block_m, dim = 100, 64, 32
     out, grad = (torch.randn(2, length, 3, dim).transpose(1, 2) for _ in range(2))
@@ -240,7 +242,7 @@ def test_kernels_prepare_marks_rows_that_see_nothing(with_lse, first, part, monk
         out, hidden, lse, grad_lse, stats, dirty, counts, sums,
         (*out.stride()[:3], *hidden.stride()[:3]), length, 6, first,
         HEADS=3, D=dim, BLOCK_M=block_m, HAS_GRAD_LSE=with_lse, ORDERED=True, PART=part,
-        LAUNCH=True,
+        LAUNCH=True, WHOLE=whole,
     )  # fmt: skip
     got = stats.reshape(6, 2, 2, block_m).transpose(1, 2).reshape(6, 2, 128)
     want = torch.full((2, 3, 128), float("inf"))
@@ -253,6 +255,10 @@ def test_kernels_prepare_marks_rows_that_see_nothing(with_lse, first, part, monk
     torch.testing.assert_close(got[:made, 1], delta[:made])
     assert (got[made:] == 3.0).all()
     assert dirty.tolist() == [[0, 0], [0, 10]]
+    if whole:
+        assert (counts == -1).all()
+        assert (sums == 7.0).all()
+        return
     # What is counted for all six heads, and turns at two tiles of each of the first.
     assert not counts[: 13 + 2 * first].any()
     assert (counts[13 + 2 * first :] == -1).all()
