@@ -35,7 +35,7 @@ def _specialize(arguments: Sequence[object], found: list[object]) -> list[object
         if kind is int:
             # One is compiled in; of others it matters whether 16 divides them, and their width.
             if -0x80000000 <= x < 0x80000000:
-                found.append(1 if x == 1 else x & 15 == 0 and 16)
+                found.append(1 if x == 1 else 0 if x & 15 else 16)
             else:
                 found.append((x & 15 == 0, x < 1 << 63))
         elif kind is float:

@@ -2,7 +2,10 @@
 else.
 """
 
+import itertools
 import math
+import threading
+import weakref
 
 import pytest
 import torch
@@ -111,6 +114,162 @@ def test_launch_tells_constants_options_kernels_and_devices_apart(monkeypatch):
 def test_launch_keeps_nothing_of_what_was_not_compiled():
     kernel = Kernel(compiles=False)
     assert [launched(kernel, 3, 3)[0] for _ in range(3)] == ["first"] * 3
+
+
+def specialized(x):
+    """What Triton compiles an argument to."""
+    native = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    backend = pytest.importorskip("triton.backends.nvidia.compiler").CUDABackend
+    return native(backend, x, False, True, True)
+
+
+def told_apart(arguments):
+    """Of lists of arguments, none that Triton tells apart from another has its key."""
+    found = {}
+    for x in arguments:
+        given = [specialized(y) for y in x]
+        assert found.setdefault(tuple(launching._specialize(x, [])), given) == given
+    return len(found)
+
+
+EDGES = [sign * (1 << bits) + more for sign in (1, -1) for bits in (0, 4, 31, 32, 63)
+         for more in (-16, -1, 0, 1, 16)]  # fmt: skip
+DTYPES = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.int8,
+    torch.uint8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
+
+
+def test_launch_tells_apart_whatever_triton_does():
+    hopper = pytest.importorskip("croc_kernels.attention.hopper")
+    numbers = [x for x in (0, *EDGES, 2**64 - 16, 2**64 - 1) if x >= -(2**63)]
+    tensors = [torch.zeros(64, dtype=dtype)[i:] for dtype in DTYPES for i in (0, 1, 2, 4, 8, 16)]
+    plane = torch.zeros(2, 3, 64, 128, dtype=torch.bfloat16)
+    descriptors = [
+        hopper.tile_descriptor(x, *tile)
+        for x in (plane, plane.half()) for tile in ((64,), (32,), (64, 64), (1,), (2,))
+    ]  # fmt: skip
+    others = [True, False, None, 0.0, 1.0, 16.0, 1e300, math.inf, math.nan, (), torch.zeros(0)]
+    single = [*numbers, *tensors, *descriptors, *others, torch.nn.Parameter(torch.zeros(3))]
+    told_apart([(x,) for x in single] + [((x,),) for x in single])
+    # Where one argument ends and the next begins.
+    few = (
+        0,
+        1,
+        3,
+        2**40,
+        (),
+        (1,),
+        (3,),
+        ((1,), 3),
+        (1, (3,)),
+        ((),),
+        None,
+        True,
+        *descriptors[:3],
+    )
+    assert told_apart(itertools.product(few, repeat=3)) > len(few) ** 2
+
+
+def test_launch_tells_descriptors_from_numbers_and_from_each_other():
+    """Whichever was met first, by whatever thread."""
+    hopper = pytest.importorskip("croc_kernels.attention.hopper")
+    x = torch.zeros(1, 1, 256, 128, dtype=torch.bfloat16)
+    tiles = [
+        (rows, columns) for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) for columns in (64, 128)
+    ]
+    kinds = {tile: set() for tile in tiles}
+
+    def make(order):
+        for tile in order:
+            kinds[tile].add(launching.kind_of(hopper.tile_descriptor(x, *tile)))
+
+    threads = [threading.Thread(target=make, args=(tiles[i:] + tiles[:i],)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(found) == 1 for found in kinds.values())
+    assert len(set.union(*kinds.values())) == len(tiles)
+    kernel = Kernel()
+    for y in (*(hopper.tile_descriptor(x, *tile) for tile in tiles), *range(len(tiles)), ()):
+        launched(kernel, y, 3)
+    assert [how for how, *_ in kernel.log].count("first") == len(tiles) + 4
+
+
+def test_launch_keeps_no_tensor():
+    hopper = pytest.importorskip("croc_kernels.attention.hopper")
+    kernel, x = Kernel(), torch.zeros(2, 3, 64, 128, dtype=torch.bfloat16)
+    kept = weakref.ref(x)
+    for _ in range(2):
+        launched(kernel, (hopper.tile_descriptor(x, 64), x, 3), x[..., :64])
+        kernel.log.clear()
+    del x
+    assert kept() is None
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_launch_of_ever_new_lengths_keeps_little(monkeypatch, dim):
+    """As many entries as kinds of lengths, not one for each."""
+    hopper = pytest.importorskip("croc_kernels.attention.hopper")
+    monkeypatch.setattr(hopper, "_MOST_ALIKE", 30)
+    monkeypatch.setattr(hopper, "_ALIKE", {})
+    kernel, counts = Kernel(), []
+    for length in range(128, 428):
+        x = torch.empty(1, length, 2, dim, dtype=torch.bfloat16).transpose(1, 2)
+        lse = torch.empty(1, 2, length)
+        bounds = (lse, length)
+        tiles = (hopper.tile_descriptor(x, 64), lse, bounds, x.stride(), length, length // 64)
+        launched(kernel, tiles, 0.1)
+        assert len(hopper._ALIKE) <= 30
+        counts.append(len(launching._COMPILED))
+    assert counts[-1] <= 4
+    assert counts[-1] == counts[50]
+
+
+@pytest.mark.parametrize("what", ["debug", "instrumentation", "passes", "before"])
+def test_launch_asks_triton_whenever_it_is_watched(monkeypatch, what):
+    """Nothing that was compiled without is launched with it, and the other way round."""
+    knobs = pytest.importorskip("triton").knobs
+    kernel = Kernel()
+    assert [launched(kernel, 3, 3)[0] for _ in range(2)] == ["first", "again"]
+    assert launched(kernel, 16, 3)[0] == "first"
+    with monkeypatch.context() as watched:
+        if what == "debug":
+            watched.setattr(knobs.runtime, "debug", True)
+        elif what == "instrumentation":
+            watched.setattr(knobs.compilation, "instrumentation_mode", "consan")
+        elif what == "passes":
+            hook = ("add_stages_inspection_hook", lambda: ("key", "hash"))
+            watched.setattr(knobs.runtime, *hook, raising=False)
+        else:
+            watched.setattr(kernel, "pre_run_hooks", [print], raising=False)
+        assert [launched(kernel, x, 3)[0] for x in (3, 3, 16, 3, 1, 1)] == ["first"] * 6
+    assert [launched(kernel, x, 3)[0] for x in (3, 16, 1, 1)] == [
+        "again",
+        "again",
+        "first",
+        "again",
+    ]
+
+
+def test_launch_again_of_what_was_compiled_beside():
+    """As in Triton's AsyncCompileMode, whose kernels give the compiled one when asked."""
+
+    class Future:
+        def __init__(self, compiled):
+            self.result = lambda: compiled
+
+        def __getattr__(self, name):
+            return getattr(self.result(), name)
+
+    class Beside(Kernel):
+        def __getitem__(self, grid):
+            run = super().__getitem__(grid)
+            return lambda *arguments, **options: Future(run(*arguments, **options))
+
+    kernel = Beside()
+    assert [launched(kernel, 3, 3)[0] for _ in range(3)] == ["first", "again", "again"]
 
 
 def test_launch_tells_descriptors_apart_and_checks_them():
