@@ -336,9 +336,12 @@ def pick_hopper_backward(
 
 def tma_aligned(x: Tensor) -> bool:
     """Whether a (B, H, L, D) tensor can be read through a TMA descriptor."""
-    strides = [s for n, s in zip(x.shape, x.stride(), strict=True) if n > 1]
-    whole = all(s > 0 and s * x.element_size() % 16 == 0 for s in strides[:-1])
-    return whole and x.stride(3) == 1 and x.data_ptr() % 16 == 0
+    size, strides = x.element_size(), x.stride()
+    # Of a dimension of one element it may be anything.
+    for n, s in zip(x.shape, strides[:3], strict=False):
+        if n > 1 and (s <= 0 or s * size % 16):
+            return False
+    return strides[3] == 1 and x.data_ptr() % 16 == 0
 
 
 def known_to_be_aligned(x: Tensor) -> bool:

@@ -70,7 +70,7 @@ def tile_descriptor(x: Tensor, block: int, columns: int = 0) -> TensorDescriptor
     (b, h, rows, dim), (step_b, step_h, step_l, _) = x.shape, x.stride()
     # The stride of a dimension of one element may be anything, and is never used.
     strides = (step_b if b > 1 else 8, step_h if h > 1 else 8, step_l if rows > 1 else 8, 1)
-    return descriptor(x, tuple(x.shape), strides, (1, 1, block, columns or dim), _TILES)
+    return descriptor(x, x.shape, strides, (1, 1, block, columns or dim), _TILES)
 
 
 def descriptor(
