@@ -179,6 +179,12 @@ def test_config_lets_the_copy_engine_add_where_there_is_room_for_a_tile():
         assert (dim in config.HOPPER_STAGED) <= (tiles + 4 * dim * block_m + 20000 < 227 * 1024)
 
 
+def test_config_hands_kernels_a_number_of_sections():
+    """True would count as -1 in a kernel, which then waits forever."""
+    picked = config.HopperBackwardConfig(64, 128, 2, 8, True, True, staged=True)
+    assert type(picked.constants()["AHEAD"]) is int
+
+
 def test_config_zeroes_ahead_for_many_rows_of_two_tiles():
     for num_keys, planes, ahead in ((255, 1024, 0), (256, 1024, 1), (256, 1023, 0)):
         picked = config.pick_hopper_backward(

@@ -121,7 +121,7 @@ class HopperBackwardConfig:
         """Constexpr arguments of the kernel."""
         return {
             "BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "STAGES": self.stages,
-            "SECTION": self.section, "AHEAD": self.ahead, "EARLY": self.early,
+            "SECTION": self.section, "AHEAD": int(self.ahead), "EARLY": self.early,
             "LATE": self.late, "STATISTICS": self.statistics, "WHOLE": self.whole,
             "STAGED": self.staged,
         }  # fmt: skip

@@ -23,6 +23,7 @@ SPILLS = {
     "mixed_attention_bwd_hopper-D128-bf16-L256": 36,
     "mixed_attention_bwd_hopper-D128-bf16-group4": 24,
     "mixed_attention_bwd_hopper-D128-bf16-group4-L256": 36,
+    "mixed_attention_bwd_hopper-D128-bf16-group4-few": 16,
     "mixed_attention_bwd_hopper-D128-bf16-group4-ordered": 56,
     "mixed_attention_bwd_hopper-D128-bf16-few": 24,
     "mixed_attention_bwd_hopper-D128-bf16-few-ordered": 48,
@@ -166,6 +167,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
         # Only where statistics are prepared ahead does this kernel ask for it.
         cases.append(backward_case(128, bf16, ordered=ordered, grad_lse=True))
     cases.append(backward_case(128, bf16, group=4, ordered=True, grad_lse=True))
+    # Zeros ahead with shared heads.
+    cases.append(backward_case(128, bf16, group=4, few=True))
     cases += [case(dim, bf16) for dim in dims for case in (prepare_case, finish_case)]
     cases += [prepare_case(dim, bf16, aligned=False) for dim in dims]
     # With and without statistics or zeros ahead, an early end and late products: of the cases above
