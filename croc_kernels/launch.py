@@ -1,8 +1,9 @@
 """Launches of Triton kernels that keep the host for less time.
 
-At every launch Triton works out what the arguments are compiled to and compares the globals that a
-kernel uses: 20 us of Python, where a kernel may take 30. Here the compiled kernel is looked up by
-what Triton looks at, and launched as Triton lets one launch what :meth:`JITFunction.warmup` gives.
+At every launch Triton works out in Python what the arguments are compiled to, and compares the
+globals that a kernel uses: longer than a short kernel takes (docs/attention.md). Here the compiled
+kernel is looked up by what Triton looks at, and launched as Triton lets one launch what
+:meth:`JITFunction.warmup` gives.
 """
 
 import sys
@@ -15,11 +16,6 @@ from triton import knobs
 # By function, device, constants, options and what its arguments are compiled to: the compiled
 # kernel and the values of its constants. The function is kept, so its id stays its own.
 _COMPILED: dict[tuple, tuple] = {}
-
-
-def cdiv(x: int, block: int) -> int:
-    """Blocks for ``x`` elements. ``triton.cdiv`` takes the host more than a microsecond."""
-    return -(-x // block)
 
 
 def kind_of(descriptor: object) -> str:

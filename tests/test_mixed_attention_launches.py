@@ -1,9 +1,11 @@
 """What the backward for Hopper hands to its kernels, which are replaced here: no GPU is needed."""
 
+import math
+
 import pytest
 import torch
 
-from croc_kernels.attention import config, hopper_backward
+from croc_kernels.attention import config, hopper_backward, hopper_forward
 
 
 @pytest.fixture
@@ -111,3 +113,26 @@ def test_launches_one_kernel_for_both_orders_where_one_tile_holds_all_keys(
     assert options[0] == options[1]
     assert not options[0][2]["ORDERED"]
     assert sum(x.nbytes for x in allocated) <= 2 * 2 * 8 * (2 * 4 * (num_queries + 63) + 64)
+
+
+@pytest.mark.parametrize("length", [128, 1000, 4096])
+def test_launches_forward_programs_for_what_there_is(monkeypatch, length):
+    """At most one a multiprocessor; tiles are counted over heads of all samples, rows rounded up."""
+    launched = []
+    monkeypatch.setattr(hopper_forward, "multiprocessors", lambda _index: 132)
+    monkeypatch.setattr(
+        hopper_forward, "launch", lambda *arguments, **_options: launched.append(arguments)
+    )
+    q, k, v = (torch.randn(1, heads, length, 128).bfloat16() for heads in (8, 2, 2))
+    out, lse = torch.empty_like(q), torch.empty(1, 8, length)
+    start, end = torch.zeros(2, 1, length, dtype=torch.int32)
+    picked = config.pick_hopper_forward(90, 128, q.dtype, length, True, True)
+    hopper_forward.hopper_fwd(q, k, v, start, end, 0.1, out, lse, picked)
+    ((kernel, grid, arguments, constants),) = launched
+    assert kernel is hopper_forward._mixed_attention_fwd_hopper_kernel
+    items = 8 * math.ceil(length / picked.block_m)
+    assert grid == (min(items, 132), 1, 1)
+    assert arguments[-2:] == (length, items)
+    assert [x.base is y for x, y in zip(arguments, (q, k, v, out), strict=False)] == [True] * 4
+    assert (arguments[5] is lse) == (not picked.dynamic)
+    assert (constants["GROUP"], constants["HEADS"]) == (4, 8)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import on_device
-from ..launch import cdiv, launch
+from ..launch import launch
 from . import config
 from .config import LOG2_E
 from .hopper_backward import hopper_bwd
@@ -285,7 +285,7 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     block_m = config.DELTA_BLOCK_M
     lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
     launch(
-        _delta_kernel, (cdiv(length, block_m) * batch * heads, 1, 1),
+        _delta_kernel, (triton.cdiv(length, block_m) * batch * heads, 1, 1),
         (out, grad_out, delta if grad_lse is None else grad_lse, delta,
          (*out.stride()[:3], *grad_out.stride()[:3], *lse_strides), length),
         {"HEADS": heads, "D": dim, "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_M": block_m,
@@ -326,8 +326,8 @@ def mixed_attention_bwd(
     )
     picked = config.pick_backward(arch, dim, q.dtype, q.shape[2])
     (batch, heads, length, _), (_, key_heads, num_keys, _) = q.shape, k.shape
-    key_programs = cdiv(num_keys, picked.keys_block_n) * batch * key_heads
-    query_programs = cdiv(length, picked.queries_block_m) * batch * heads
+    key_programs = triton.cdiv(num_keys, picked.keys_block_n) * batch * key_heads
+    query_programs = triton.cdiv(length, picked.queries_block_m) * batch * heads
     with on_device(q):
         delta = _delta(out, grad_out, grad_lse)
         launch(

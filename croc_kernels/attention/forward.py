@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import on_device
-from ..launch import cdiv, launch
+from ..launch import launch
 from . import config
 from .hopper_forward import hopper_fwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
@@ -134,7 +134,7 @@ def mixed_attention_fwd(
         v = v.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
     bounds, between = config.by_sample(start, end, end if visible_until is None else visible_until)
     picked = config.pick_forward(arch, dim, q.dtype, length)
-    grid = (cdiv(length, picked.block_m) * batch * heads, 1, 1)
+    grid = (triton.cdiv(length, picked.block_m) * batch * heads, 1, 1)
     with on_device(q):
         launch(
             _mixed_attention_fwd_kernel, grid,

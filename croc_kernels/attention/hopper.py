@@ -77,8 +77,8 @@ def descriptor(
     x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], tile: tuple[int, ...],
     layout: object,
 ) -> TensorDescriptor:  # fmt: skip
-    """``TensorDescriptor(x, shape, strides, tile, layout)``, which takes several us to check what
-    is checked here once for all tensors alike. ``layout`` must live as long as the process.
+    """``TensorDescriptor(x, shape, strides, tile, layout)``, whose checks are made here once for
+    all tensors alike. ``layout`` must live as long as the process.
     """
     key = (x.dtype, shape, strides, tile, id(layout))
     alike = _ALIKE.get(key)

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..launch import cdiv, launch
+from ..launch import launch
 from .config import LOG2_E, HopperBackwardConfig, by_sample, tma_aligned
 from .hopper import descriptor, tile_descriptor
 from .hopper_backward_kernel import _mixed_attention_bwd_hopper_kernel
@@ -170,7 +170,7 @@ def hopper_bwd(
     """Write the gradients of q, k and v to ``grads``."""
     (batch, heads, length, dim), (_, key_heads, num_keys, _) = q.shape, k.shape
     block_m, block_n, group = picked.block_m, picked.block_n, heads // key_heads
-    tiles, key_tiles = cdiv(length, block_m), cdiv(num_keys, block_n)
+    tiles, key_tiles = triton.cdiv(length, block_m), triton.cdiv(num_keys, block_n)
     planes, has_grad_lse = batch * heads, grad_lse is not None
     ordered = ordered and not picked.whole
     # Copies before the first launch: the next kernel is launched early behind that one, and reads

@@ -35,13 +35,19 @@ _RELEASE: tl.constexpr = tl.constexpr("""
 
 
 @gluon.jit
-def _await(pointer, value):
-    """Wait until a word is ``value``, and for what was written before it."""
+def _at_word(code: gl.constexpr, pointer, value):
+    """All lanes of a warp do the same at one word."""
     lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0
     word = pointer.to(gl.int64) + lanes.to(gl.int64)
     gl.inline_asm_elementwise(
-        _AWAIT, "=r,l,r", [word, lanes + value], dtype=gl.int32, is_pure=False, pack=1
+        code, "=r,l,r", [word, lanes + value], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _await(pointer, value):
+    """Wait until a word is ``value``, and for what was written before it."""
+    _at_word(_AWAIT, pointer, value)
 
 
 @gluon.jit
@@ -104,11 +110,7 @@ def _producer(
 @gluon.jit
 def _release(pointer, value):
     """Set a word, after what was written before."""
-    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])) * 0
-    word = pointer.to(gl.int64) + lanes.to(gl.int64)
-    gl.inline_asm_elementwise(
-        _RELEASE, "=r,l,r", [word, lanes + value], dtype=gl.int32, is_pure=False, pack=1
-    )
+    _at_word(_RELEASE, pointer, value)
 
 
 @gluon.jit

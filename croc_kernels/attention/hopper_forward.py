@@ -7,6 +7,7 @@ products run.
 """
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..backend import multiprocessors
-from ..launch import cdiv, launch
+from ..launch import launch
 from .config import LOG2_E, HopperForwardConfig, by_sample
 from .hopper import barrier, of_sample, tile_descriptor, tma_store
 from .hopper_forward_loads import given, item_of, produce
@@ -317,7 +318,7 @@ def hopper_fwd(
     """Write output and base-2 log-sum-exp to ``out`` and ``lse``."""
     batch, heads, length, dim = q.shape
     rows, block_n = picked.block_m // picked.groups, picked.block_n
-    items = cdiv(length, picked.block_m) * batch * heads
+    items = triton.cdiv(length, picked.block_m) * batch * heads
     programs = min(items, multiprocessors(q.device.index))
     bounds = tuple(zip(*by_sample(start, end), strict=True))
     counter = lse
