@@ -117,7 +117,7 @@ def test_launches_one_kernel_for_both_orders_where_one_tile_holds_all_keys(
 
 @pytest.mark.parametrize("length", [128, 1000, 4096])
 def test_launches_forward_programs_for_what_there_is(monkeypatch, length):
-    """At most one a multiprocessor; tiles are counted over heads of all samples, rows rounded up."""
+    """At most one a multiprocessor; tiles of rows are counted over the heads of all samples."""
     launched = []
     monkeypatch.setattr(hopper_forward, "multiprocessors", lambda _index: 132)
     monkeypatch.setattr(
