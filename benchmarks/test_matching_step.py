@@ -2,6 +2,7 @@
 against the released code's loop.
 """
 
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -65,6 +66,10 @@ LAYER = peers.Peer("croc", lambda: CrocLayer.replace)
 RELEASED = peers.Peer("released-loop", _released_replace, largest_batch=4)
 
 
+# Of masks, each with its own assignment: a step draws another one every time.
+DRAWS = 5
+
+
 def _parts(layer: CrocLayer, features: Tensor, batch: int) -> dict[str, Callable[[], object]]:
     """The operators of one step, each by itself, on what the step gives them."""
     result = layer.replace(features, (features.shape[0] // batch,) * batch)
@@ -77,6 +82,14 @@ def _parts(layer: CrocLayer, features: Tensor, batch: int) -> dict[str, Callable
         "linear_assignment": lambda: linear_assignment_ex(cost),
         "replace_tokens": lambda: replace_tokens(tokens, result.masked, pool, result.pool_index),
     }
+
+
+def _parts_ms(
+    layer: CrocLayer, features: Tensor, batch: int, device: torch.device
+) -> dict[str, float]:
+    """The median over some draws of each part's milliseconds."""
+    drawn = [milliseconds_of_parts(_parts(layer, features, batch), device) for _ in range(DRAWS)]
+    return {name: statistics.median(times[name] for times in drawn) for name in drawn[0]}
 
 
 @pytest.mark.cases(cuda=cases.LAYER_GPU, cpu=cases.LAYER_CPU)
@@ -107,7 +120,7 @@ def test_layer_replace(
         assert info["relative_excess"] <= 1e-6
         # What the step has to hold: one float32 per masked token and pool row.
         info["cost_matrix_bytes"] = 4 * result.num_masked * case.pool_size
-        info["parts_ms"] = milliseconds_of_parts(_parts(layer, features, case.batch), device)
+        info["parts_ms"] = _parts_ms(layer, features, case.batch, device)
     measure(
         benchmark, lambda: replace(layer, features, lengths), device, ceiling, Work(),
         op="layer_replace", case=case.name, provider=peer.name, direction="fwd", **info,

@@ -1,70 +1,37 @@
 """Launches of Triton kernels that keep the host for less time.
 
-At every launch Triton works out in Python what the arguments are compiled to, and compares the
-globals that a kernel uses: longer than a short kernel takes (docs/attention.md). Here the compiled
-kernel is looked up by what Triton looks at, and launched as Triton lets one launch what
-:meth:`JITFunction.warmup` gives.
+Between its arguments and its launches a function works out grids, descriptors and constants from
+shapes and strides, and Triton what it compiled for them: the same each time, and longer in Python
+than a short kernel runs (docs/attention.md). So the first call of a kind is watched, and written
+down as a function of its tensors that does only what reached the device: allocate, and launch what
+was compiled, as Triton lets one launch what :meth:`JITFunction.warmup` gives.
 """
 
-import sys
-from collections.abc import Sequence
+import functools
+import threading
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
-# By function, device, constants, options and what its arguments are compiled to: the compiled
-# kernel and the values of its constants. The function is kept, so its id stays its own.
-_COMPILED: dict[tuple, tuple] = {}
+# Of one function. Each new length is one.
+_MOST_PLANS = 4096
+_EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default)
+_ZEROS = torch.ops.aten.zeros.default
+_DETACH = torch.ops.aten.detach.default
 
 
-def kind_of(descriptor: object) -> str:
-    """What a tensor descriptor is compiled to. Whoever makes many alike may keep it in their
-    ``kind``.
+class _Notes(threading.local):
+    """Where a thread notes its launches: the compiled kernel (None where it can't be launched
+    again), grid, arguments and values of the constants.
     """
-    dtype, tile, layout = descriptor.base.dtype, descriptor.block_shape, descriptor.layout
-    # One and the same of all alike, which is compared fast.
-    return sys.intern(f"{type(descriptor).__name__} {dtype} {list(tile)} {layout!r}")
+
+    launches: list[tuple] | None = None
 
 
-def _specialize(arguments: Sequence[object], found: list[object]) -> list[object]:
-    """What Triton compiles arguments to: at least what it tells apart, in tuples too. Whatever
-    comes first of an argument tells how it goes on, so no two lists of arguments give the same.
-    """
-    for x in arguments:
-        kind = type(x)
-        if kind is int:
-            # One is compiled in; of others it matters whether 16 divides them, and their width.
-            if -0x80000000 <= x < 0x80000000:
-                found.append(1 if x == 1 else 0 if x & 15 else 16)
-            else:
-                found.append((x & 15 == 0, x < 1 << 63))
-        elif kind is float:
-            found.append(kind)
-        elif kind is tuple:
-            found.append(~len(x))
-            _specialize(x, found)
-        elif isinstance(x, Tensor):
-            found.append(x.dtype)
-            found.append(x.data_ptr() & 15 == 0)
-        elif hasattr(x, "block_shape"):
-            known = x.__dict__.get("kind")
-            found.append(kind_of(x) if known is None else known)
-        else:
-            found.append((kind, x))
-    return found
-
-
-def _watched(kernel: object) -> bool:
-    """Whether Triton may compile something else than without, or calls something before a launch:
-    for debugging, a profiler within kernels, somebody's passes or hooks.
-    """
-    return bool(
-        knobs.runtime.debug
-        or knobs.compilation.instrumentation_mode
-        or getattr(knobs.runtime, "add_stages_inspection_hook", None)
-        or getattr(kernel, "pre_run_hooks", None)
-    )
+_NOTES = _Notes()
 
 
 def launch(
@@ -81,27 +48,189 @@ def launch(
             others are named in ``constants``.
         grid: programs in each of three dimensions.
         arguments: tensors, numbers, tensor descriptors, tuples of these.
-        constants: every constexpr; hashable.
-        **options: Triton's, such as ``num_warps``; hashable.
+        constants: every constexpr.
+        **options: Triton's, such as ``num_warps``.
     """
-    if _watched(kernel):
-        kernel[grid](*arguments, **constants, **options)
+    compiled, values = kernel[grid](*arguments, **constants, **options), ()
+    if _NOTES.launches is None:
         return
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    fixed = (*constants.values(), *options.values())
-    key = (
-        id(kernel), device, *constants, *options, *fixed, *map(type, fixed),
-        *_specialize(arguments, []),
-    )  # fmt: skip
-    known = _COMPILED.get(key)
-    if known is not None:
-        compiled, values, _kernel = known
-        compiled[grid](*arguments, *values)
-        return
-    compiled = kernel[grid](*arguments, **constants, **options)
     # Within Triton's AsyncCompileMode, something that can't be launched again.
     compiled = compiled.result() if hasattr(compiled, "result") else compiled
-    # The interpreter compiles nothing.
     if hasattr(compiled, "packed_metadata"):
-        names = kernel.arg_names[len(arguments) :]
-        _COMPILED[key] = compiled, tuple(constants[name] for name in names), kernel
+        values = tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+    else:
+        # The interpreter compiles nothing.
+        compiled = None
+    _NOTES.launches.append((compiled, grid, arguments, values))
+
+
+class _Recording(TorchDispatchMode):
+    """What a call allocates and launches, and whether it does something else to a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[object, Tensor]] = []
+        self.launches: list[tuple] = []
+        self.complete = True
+
+    def __enter__(self) -> "_Recording":
+        _NOTES.launches = self.launches
+        return super().__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        _NOTES.launches = None
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if func in _EMPTY or func is _ZEROS:
+            self.made.append((func, result))
+        elif func is _DETACH and self.made and args[0] is self.made[-1][1]:
+            # What a call under a dispatch mode gets of an allocation.
+            self.made[-1] = (self.made[-1][0], result)
+        else:
+            self.complete = False
+        return result
+
+
+def _like(kind: type, alike: dict[str, object], base: Tensor) -> object:
+    """A descriptor of another tensor, without its checks."""
+    made = object.__new__(kind)
+    made.__dict__ = {**alike, "base": base}
+    return made
+
+
+class _Writer:
+    """A recording as the source of a function: each tensor by its place, all else by a name."""
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        self.names: dict[str, object] = {"__name__": __name__, "torch": torch}
+        self.places = {id(x): f"given[{i}]" for i, x in enumerate(given)}
+        self.lines: list[str] = []
+
+    def name(self, x: object) -> str:
+        found = f"x{len(self.names)}"
+        self.names[found] = x
+        return found
+
+    def expression(self, x: object) -> str:
+        """KeyError for a tensor that was neither given nor allocated."""
+        if isinstance(x, Tensor):
+            return self.places[id(x)]
+        if type(x) in (tuple, list):
+            return f"({''.join(self.expression(y) + ', ' for y in x)})"
+        if hasattr(x, "block_shape"):
+            like = functools.partial(_like, type(x), {**vars(x), "base": None})
+            return f"{self.name(like)}({self.places[id(x.base)]})"
+        return self.name(x)
+
+    def allocate(self, func: object, x: Tensor) -> None:
+        strides = "" if func is _ZEROS else f"{self.name(x.stride())}, "
+        name = "zeros" if func is _ZEROS else "empty_strided"
+        shape, dtype, device = (self.name(y) for y in (tuple(x.shape), x.dtype, x.device))
+        self.places[id(x)] = place = f"made{len(self.lines)}"
+        self.lines.append(
+            f"{place} = torch.{name}({shape}, {strides}dtype={dtype}, device={device})"
+        )
+
+    def launch(
+        self, compiled: object, grid: tuple, arguments: Sequence[object], values: tuple
+    ) -> None:
+        run, values = self.name(compiled[grid]), self.name(values)
+        listed = "".join(self.expression(x) + ", " for x in arguments)
+        self.lines.append(f"{run}({listed}*{values})")
+
+    def function(self, result: object) -> Callable[[list[Tensor]], object]:
+        body = [*self.lines, f"return {self.expression(result)}"]
+        source = "def replay(given):\n" + "".join(f"    {line}\n" for line in body)
+        exec(_code(source), self.names)
+        return self.names["replay"]
+
+
+@functools.lru_cache(maxsize=256)
+def _code(source: str) -> object:
+    """The same for all lengths, whose numbers have names in it."""
+    return compile(source, f"<{__name__}>", "exec")
+
+
+def _written(
+    seen: _Recording, given: list[Tensor], result: object
+) -> Callable[[list[Tensor]], object] | None:
+    """The recording as a function, None if it is not all that the call did."""
+    compiled = [launch[0] for launch in seen.launches]
+    if not seen.complete or not compiled or None in compiled:
+        return None
+    writer = _Writer(given)
+    try:
+        for made in seen.made:
+            writer.allocate(*made)
+        for launched in seen.launches:
+            writer.launch(*launched)
+        return writer.function(result)
+    except KeyError:
+        return None
+
+
+def _kinds(arguments: Sequence[object]) -> tuple[tuple, list[Tensor]]:
+    """All that a call may depend on besides what its tensors hold and where they are; the tensors.
+    Which of them are one and the same is part of it.
+    """
+    found, given, places = [], [], {}
+    for x in arguments:
+        if isinstance(x, Tensor):
+            place = places.setdefault(id(x), len(given))
+            found += (place, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
+            given.append(x)
+        else:
+            found += (type(x), x)
+    return tuple(found), given
+
+
+def _watched(kernels: tuple[object, ...]) -> bool:
+    """Whether Triton may compile something else than without, or calls something before a launch:
+    for debugging, a profiler within kernels, somebody's passes or hooks.
+    """
+    return bool(
+        knobs.runtime.debug
+        or knobs.compilation.instrumentation_mode
+        or getattr(knobs.runtime, "add_stages_inspection_hook", None)
+        or any([getattr(kernel, "pre_run_hooks", None) for kernel in kernels])
+    )
+
+
+def replayed(*kernels: object) -> Callable[[Callable], Callable]:
+    """Decorator: from the second call of a kind on, only what the first one allocated and launched.
+
+    The function takes tensors of one device, the current one, and hashable arguments, on which all
+    that it does depends, and returns tensors. If its first call does more than allocate and launch
+    through :func:`launch`, a copy for example, every call of that kind is made as without this.
+
+    Args:
+        *kernels: those it launches.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        plans: dict[tuple, Callable | None] = {}
+
+        @functools.wraps(function)
+        def call(*arguments: object) -> object:
+            if _watched(kernels) or _NOTES.launches is not None:
+                return function(*arguments)
+            kinds, given = _kinds(arguments)
+            plan = plans.get(kinds, call)
+            if plan is None:
+                return function(*arguments)
+            if plan is not call:
+                return plan(given)
+            with _Recording() as seen:
+                result = function(*arguments)
+            if len(plans) >= _MOST_PLANS:
+                plans.clear()
+            plans[kinds] = _written(seen, given, result)
+            return result
+
+        return call
+
+    return decorate

@@ -1,8 +1,7 @@
-"""Launches that look up what Triton compiled: told apart wherever Triton may compile something
-else.
+"""Calls that are recorded once: replayed with other tensors alike, and made as they are wherever
+something else may happen.
 """
 
-import itertools
 import math
 import threading
 import weakref
@@ -12,7 +11,9 @@ import torch
 from mixed_attention_cases import MASKS, check, inputs
 
 from croc_kernels import launch as launching
+from croc_kernels.attention import backward, forward, hopper_backward, hopper_forward
 from croc_kernels.attention.api import mixed_attention
+from croc_kernels.launch import launch, replayed
 
 
 class Compiled:
@@ -42,189 +43,211 @@ class Kernel:
 
         return run
 
-
-@pytest.fixture(autouse=True)
-def nothing_compiled(monkeypatch):
-    monkeypatch.setattr(launching, "_COMPILED", {})
-
-
-def launched(kernel, *arguments, grid=(1, 1, 1), constants=None, **options):
-    """How the kernel was launched: first or again."""
-    constants = {"TWO": 2, "ONE": 1} if constants is None else constants
-    launching.launch(kernel, grid, arguments, constants, **options)
-    return kernel.log[-1]
+    @property
+    def ways(self):
+        """First or again, for each launch since this was asked."""
+        found = [how for how, *_ in self.log]
+        self.log.clear()
+        return found
 
 
-ALIGNED = torch.zeros(64)
-HALF = torch.zeros(64, dtype=torch.float16)
-ALIKE = [
-    (3, 5), (32, 48), (0.5, 7.0), (-3, -5), (ALIGNED, torch.ones(7)),
-    ((3, ALIGNED), (7, torch.ones(3))), (2**40 + 1, 2**41 + 3), (None, None),
-]  # fmt: skip
-DIFFERENT = [
-    (1, 3), (16, 3), (1, 16), (0, 1), (2**31, 16), (2**31 + 1, 3), (2**64 - 1, 2**40 + 1),
-    (ALIGNED, ALIGNED[1:]), (ALIGNED, HALF), (1.0, 1), ((3, 5), 3), ((3, 5), (3, 16)),
-    ((3, (5,)), ((3,), 5)), ((3, 5), (3, 5, 7)), (ALIGNED, None), (True, False), (True, 1),
-]  # fmt: skip
+CONSTANTS = {"TWO": 2, "ONE": 1}
 
 
-@pytest.mark.parametrize("pair", ALIKE)
-def test_launch_takes_what_was_compiled_for_arguments_alike(pair):
+def doubled(kernel, body=None):
+    """A function of two tensors and a number that launches once, and what it made."""
+
+    @replayed(kernel)
+    def function(x, y, number=3):
+        if body is not None:
+            body(x)
+        made = torch.empty_strided((2, 3), (1, 2), dtype=torch.float16)
+        launch(kernel, (number, 1, 1), (x, (y, number, made)), CONSTANTS, num_warps=4)
+        return made, x
+
+    return function
+
+
+def tensors(*shape, count=2, **options):
+    return [torch.zeros(*shape, **options) for _ in range(count)]
+
+
+def test_launch_again_with_the_tensors_of_the_call():
     kernel = Kernel()
-    for how, x in zip(("first", "again"), pair, strict=True):
-        assert launched(kernel, x, 9.0)[0] == how
+    function = doubled(kernel)
+    for how in ("first", "again", "again"):
+        x, y = tensors(4, 8)
+        made, given = function(x, y, 5)
+        assert given is x
+        assert (made.shape, made.stride(), made.dtype) == ((2, 3), (1, 2), torch.float16)
+        ((way, grid, arguments, *options),) = kernel.log
+        kernel.log.clear()
+        assert (way, grid) == (how, (5, 1, 1))
+        assert arguments[0] is x
+        assert arguments[1][0] is y
+        assert arguments[1][1] == 5
+        assert arguments[1][2].data_ptr() == made.data_ptr()
+        if how == "first":
+            assert options == [{"TWO": 2, "ONE": 1, "num_warps": 4}]
+        else:
+            assert arguments[2:] == (1, 2)  # the constants, in the kernel's order
 
 
-@pytest.mark.parametrize("pair", DIFFERENT)
-def test_launch_lets_triton_compile_for_other_arguments(pair):
-    for order in (pair, pair[::-1]):
+def test_launch_allocates_anew_each_time():
+    """In the package's name, so that conftest.py poisons it."""
+    kernel = Kernel()
+    zeros = []
+
+    @replayed(kernel)
+    def function(x):
+        made, sums = torch.empty(7, dtype=torch.int64), torch.zeros(2, 5)
+        zeros.append(sums)
+        launch(kernel, (1, 1, 1), (x, made), CONSTANTS)
+        return made, sums
+
+    results = [function(torch.ones(3)) for _ in range(4)]
+    assert kernel.ways == ["first"] + ["again"] * 3
+    assert len(zeros) == 1
+    places = {made.data_ptr() for pair in results for made in pair}
+    assert len(places) == 8
+    for made, sums in results:
+        assert (made.shape, made.dtype) == ((7,), torch.int64)
+        assert bool((made == torch.iinfo(torch.int64).min).all()) == (made is not results[0][0])
+        assert torch.equal(sums, torch.zeros(2, 5))
+        sums += 1
+
+
+ODD = torch.zeros(65)[1:].view(8, 8)
+DIFFERENT = {
+    "shape": (torch.zeros(8, 8), torch.zeros(8, 9)),
+    "strides": (torch.zeros(8, 8), torch.zeros(8, 8).T),
+    "dtype": (torch.zeros(8, 8), torch.zeros(8, 8, dtype=torch.int32)),
+    "address": (torch.zeros(8, 8), ODD),
+    "device": (torch.zeros(8, 8), torch.zeros(8, 8, device="meta")),
+    "none": (torch.zeros(8, 8), None),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_launch_tells_tensors_apart(what):
+    for pair in (DIFFERENT[what], DIFFERENT[what][::-1]):
         kernel = Kernel()
-        assert [launched(kernel, x, 9.0)[0] for x in order] == ["first", "first"]
-        assert [launched(kernel, x, 9.0)[0] for x in order] == ["again", "again"]
+        function = doubled(kernel)
+        for x in pair * 2:
+            function(torch.zeros(2), x)
+        assert kernel.ways == ["first", "first", "again", "again"]
 
 
-def test_launch_hands_over_grid_arguments_and_constants_in_the_kernels_order():
+@pytest.mark.parametrize("pair", [(3, 4), (1, True), (1, 1.0), (0.1, 0.2), ("a", "b"), (3, None)])
+def test_launch_tells_numbers_apart(pair):
     kernel = Kernel()
-    first = launched(kernel, 3, ALIGNED, grid=(7, 1, 1), num_warps=4)
-    assert first[1] == (7, 1, 1)
-    assert first[2][0] == 3
-    assert first[2][1] is ALIGNED
-    assert first[3] == {"TWO": 2, "ONE": 1, "num_warps": 4}
-    how, grid, values = launched(kernel, 5, HALF.float(), grid=(9, 2, 1), num_warps=4)
-    assert (how, grid) == ("again", (9, 2, 1))
-    assert values[0] == 5
-    assert values[2:] == (1, 2)
+
+    @replayed(kernel)
+    def function(x, number):
+        launch(kernel, (1, 1, 1), (x, number), CONSTANTS)
+        return x
+
+    for number in pair * 2:
+        function(torch.zeros(3), number)
+    assert [arguments[1] for *_, arguments in [x[:3] for x in kernel.log]] == [*pair * 2]
+    assert kernel.ways == ["first", "first", "again", "again"]
 
 
-def test_launch_tells_constants_options_kernels_and_devices_apart(monkeypatch):
-    kernel, other = Kernel(), Kernel()
-    assert launched(kernel, 3, 3)[0] == "first"
-    assert launched(kernel, 3, 3, constants={"TWO": 1, "ONE": 2})[0] == "first"
-    assert launched(kernel, 3, 3, num_warps=4)[0] == "first"
-    assert launched(kernel, 3, 3, num_warps=8)[0] == "first"
-    assert launched(kernel, 3, 3, num_stages=8)[0] == "first"
-    assert launched(other, 3, 3)[0] == "first"
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    for device in (0, 1):
-        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
-        assert launched(kernel, 3, 3)[0] == "first"
-    assert launched(kernel, 3, 3)[0] == "again"
-
-
-def test_launch_keeps_nothing_of_what_was_not_compiled():
-    kernel = Kernel(compiles=False)
-    assert [launched(kernel, 3, 3)[0] for _ in range(3)] == ["first"] * 3
-
-
-def specialized(x):
-    """What Triton compiles an argument to."""
-    native = pytest.importorskip("triton._C.libtriton").native_specialize_impl
-    backend = pytest.importorskip("triton.backends.nvidia.compiler").CUDABackend
-    return native(backend, x, False, True, True)
-
-
-def told_apart(arguments):
-    """Of lists of arguments, none that Triton tells apart from another has its key."""
-    found = {}
-    for x in arguments:
-        given = [specialized(y) for y in x]
-        assert found.setdefault(tuple(launching._specialize(x, [])), given) == given
-    return len(found)
-
-
-EDGES = [sign * (1 << bits) + more for sign in (1, -1) for bits in (0, 4, 31, 32, 63)
-         for more in (-16, -1, 0, 1, 16)]  # fmt: skip
-DTYPES = (
-    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.bool, torch.int8,
-    torch.uint8, torch.int16, torch.int32, torch.int64,
-)  # fmt: skip
-
-
-def test_launch_tells_apart_whatever_triton_does():
-    hopper = pytest.importorskip("croc_kernels.attention.hopper")
-    numbers = [x for x in (0, *EDGES, 2**64 - 16, 2**64 - 1) if x >= -(2**63)]
-    tensors = [torch.zeros(64, dtype=dtype)[i:] for dtype in DTYPES for i in (0, 1, 2, 4, 8, 16)]
-    plane = torch.zeros(2, 3, 64, 128, dtype=torch.bfloat16)
-    descriptors = [
-        hopper.tile_descriptor(x, *tile)
-        for x in (plane, plane.half()) for tile in ((64,), (32,), (64, 64), (1,), (2,))
-    ]  # fmt: skip
-    others = [True, False, None, 0.0, 1.0, 16.0, 1e300, math.inf, math.nan, (), torch.zeros(0)]
-    single = [*numbers, *tensors, *descriptors, *others, torch.nn.Parameter(torch.zeros(3))]
-    told_apart([(x,) for x in single] + [((x,),) for x in single])
-    # Where one argument ends and the next begins.
-    few = (
-        0,
-        1,
-        3,
-        2**40,
-        (),
-        (1,),
-        (3,),
-        ((1,), 3),
-        (1, (3,)),
-        ((),),
-        None,
-        True,
-        *descriptors[:3],
-    )
-    assert told_apart(itertools.product(few, repeat=3)) > len(few) ** 2
-
-
-def test_launch_tells_descriptors_from_numbers_and_from_each_other():
-    """Whichever was met first, by whatever thread."""
-    hopper = pytest.importorskip("croc_kernels.attention.hopper")
-    x = torch.zeros(1, 1, 256, 128, dtype=torch.bfloat16)
-    tiles = [
-        (rows, columns) for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256) for columns in (64, 128)
-    ]
-    kinds = {tile: set() for tile in tiles}
-
-    def make(order):
-        for tile in order:
-            kinds[tile].add(launching.kind_of(hopper.tile_descriptor(x, *tile)))
-
-    threads = [threading.Thread(target=make, args=(tiles[i:] + tiles[:i],)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(len(found) == 1 for found in kinds.values())
-    assert len(set.union(*kinds.values())) == len(tiles)
+def test_launch_tells_one_tensor_given_twice_from_two():
     kernel = Kernel()
-    for y in (*(hopper.tile_descriptor(x, *tile) for tile in tiles), *range(len(tiles)), ()):
-        launched(kernel, y, 3)
-    assert [how for how, *_ in kernel.log].count("first") == len(tiles) + 4
+    function = doubled(kernel)
+    for _ in range(2):
+        x, y = tensors(8, 8)
+        for first, second in ((x, x), (x, y)):
+            function(first, second)
+            _, _, arguments, *_ = kernel.log[-1]
+            assert arguments[0] is first
+            assert arguments[1][0] is second
+    assert kernel.ways == ["first", "first", "again", "again"]
+
+
+ELSEWHERE = torch.zeros(3)
+MORE = {
+    "writes": lambda x: x.zero_(),
+    "copies": lambda x: x.clone(),
+    "views": lambda x: x[1:],
+    "waits": lambda x: x.sum().item(),
+    "moves": lambda x: x.to(torch.float64),
+    "random": lambda x: torch.rand(3),
+}
+
+
+@pytest.mark.parametrize("what", MORE)
+def test_launch_repeats_a_call_that_does_more(what):
+    kernel, calls = Kernel(), []
+    function = doubled(kernel, lambda x: (calls.append(1), MORE[what](x)))
+    for _ in range(3):
+        function(*tensors(8, 8))
+    assert kernel.ways == ["first"] * 3
+    assert len(calls) == 3
+
+
+def test_launch_repeats_a_call_with_a_tensor_from_elsewhere():
+    """Or that returns one, launches nothing, or launches what can't be launched again."""
+    kernel, strange = Kernel(), Kernel(compiles=False)
+
+    def made_of(body):
+        calls = []
+
+        @replayed(kernel, strange)
+        def function(x):
+            calls.append(1)
+            return body(x)
+
+        for _ in range(3):
+            function(torch.zeros(3))
+        assert len(calls) == 3
+
+    made_of(lambda x: launch(kernel, (1, 1, 1), (x, ELSEWHERE), CONSTANTS))
+    made_of(lambda x: (launch(kernel, (1, 1, 1), (x, 3), CONSTANTS), ELSEWHERE))
+    made_of(lambda x: x)
+    made_of(lambda x: launch(strange, (1, 1, 1), (x, 3), CONSTANTS))
 
 
 def test_launch_keeps_no_tensor():
     hopper = pytest.importorskip("croc_kernels.attention.hopper")
-    kernel, x = Kernel(), torch.zeros(2, 3, 64, 128, dtype=torch.bfloat16)
-    kept = weakref.ref(x)
-    for _ in range(2):
-        launched(kernel, (hopper.tile_descriptor(x, 64), x, 3), x[..., :64])
-        kernel.log.clear()
-    del x
-    assert kept() is None
+    kernel = Kernel()
+
+    @replayed(kernel)
+    def function(x, y):
+        made = torch.empty(3)
+        launch(kernel, (1, 1, 1), (hopper.tile_descriptor(x, 64), (y, made)), CONSTANTS)
+        return made
+
+    x, y = tensors(2, 3, 64, 128, dtype=torch.bfloat16)
+    kept = [weakref.ref(z) for z in (x, y, function(x, y), function(x, y))]
+    assert kernel.ways == ["first", "again"]
+    del x, y
+    assert [z() for z in kept] == [None] * 4
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-def test_launch_of_ever_new_lengths_keeps_little(monkeypatch, dim):
-    """As many entries as kinds of lengths, not one for each."""
+def test_launch_again_with_descriptors_of_the_tensors_of_the_call():
     hopper = pytest.importorskip("croc_kernels.attention.hopper")
-    monkeypatch.setattr(hopper, "_MOST_ALIKE", 30)
-    monkeypatch.setattr(hopper, "_ALIKE", {})
-    kernel, counts = Kernel(), []
-    for length in range(128, 428):
-        x = torch.empty(1, length, 2, dim, dtype=torch.bfloat16).transpose(1, 2)
-        lse = torch.empty(1, 2, length)
-        bounds = (lse, length)
-        tiles = (hopper.tile_descriptor(x, 64), lse, bounds, x.stride(), length, length // 64)
-        launched(kernel, tiles, 0.1)
-        assert len(hopper._ALIKE) <= 30
-        counts.append(len(launching._COMPILED))
-    assert counts[-1] <= 4
-    assert counts[-1] == counts[50]
+    kernel = Kernel()
+
+    @replayed(kernel)
+    def function(x):
+        made = torch.empty(x.shape, dtype=x.dtype)
+        tiles = hopper.tile_descriptor(x, 64), hopper.tile_descriptor(made, 32, 64)
+        launch(kernel, (1, 1, 1), tiles, CONSTANTS)
+        return made
+
+    seen = []
+    for _ in range(3):
+        x = torch.zeros(2, 3, 64, 128, dtype=torch.bfloat16)
+        made = function(x)
+        first, second = kernel.log[-1][2][:2]
+        assert first.base is x
+        assert second.base.data_ptr() == made.data_ptr()
+        seen.append([{**vars(d), "base": None} for d in (first, second)])
+        assert type(first) is type(hopper.tile_descriptor(x, 64))
+    assert kernel.ways == ["first", "again", "again"]
+    assert seen[0] == seen[1] == seen[2]
 
 
 @pytest.mark.parametrize("what", ["debug", "instrumentation", "passes", "before"])
@@ -232,8 +255,11 @@ def test_launch_asks_triton_whenever_it_is_watched(monkeypatch, what):
     """Nothing that was compiled without is launched with it, and the other way round."""
     knobs = pytest.importorskip("triton").knobs
     kernel = Kernel()
-    assert [launched(kernel, 3, 3)[0] for _ in range(2)] == ["first", "again"]
-    assert launched(kernel, 16, 3)[0] == "first"
+    function = doubled(kernel)
+    x = torch.zeros(3)
+    for number in (3, 3, 16):
+        function(x, x, number)
+    assert kernel.ways == ["first", "again", "first"]
     with monkeypatch.context() as watched:
         if what == "debug":
             watched.setattr(knobs.runtime, "debug", True)
@@ -244,13 +270,12 @@ def test_launch_asks_triton_whenever_it_is_watched(monkeypatch, what):
             watched.setattr(knobs.runtime, *hook, raising=False)
         else:
             watched.setattr(kernel, "pre_run_hooks", [print], raising=False)
-        assert [launched(kernel, x, 3)[0] for x in (3, 3, 16, 3, 1, 1)] == ["first"] * 6
-    assert [launched(kernel, x, 3)[0] for x in (3, 16, 1, 1)] == [
-        "again",
-        "again",
-        "first",
-        "again",
-    ]
+        for number in (3, 16, 1, 1):
+            function(x, x, number)
+        assert kernel.ways == ["first"] * 4
+    for number in (3, 16, 1, 1):
+        function(x, x, number)
+    assert kernel.ways == ["again", "again", "first", "again"]
 
 
 def test_launch_again_of_what_was_compiled_beside():
@@ -269,31 +294,102 @@ def test_launch_again_of_what_was_compiled_beside():
             return lambda *arguments, **options: Future(run(*arguments, **options))
 
     kernel = Beside()
-    assert [launched(kernel, 3, 3)[0] for _ in range(3)] == ["first", "again", "again"]
+    function = doubled(kernel)
+    for _ in range(3):
+        function(*tensors(3))
+    assert kernel.ways == ["first", "again", "again"]
 
 
-def test_launch_tells_descriptors_apart_and_checks_them():
-    hopper = pytest.importorskip("croc_kernels.attention.hopper")
-    kernel, x = Kernel(), torch.zeros(2, 3, 64, 128, dtype=torch.bfloat16)
-    assert launched(kernel, hopper.tile_descriptor(x, 64), 3)[0] == "first"
-    again = hopper.tile_descriptor(x.clone(), 64)
-    assert launched(kernel, again, 3)[0] == "again"
-    assert launched(kernel, hopper.tile_descriptor(x.transpose(1, 2), 64), 3)[0] == "again"
-    assert launched(kernel, hopper.tile_descriptor(x, 32), 3)[0] == "first"
-    assert launched(kernel, hopper.tile_descriptor(x.half(), 64), 3)[0] == "first"
-    assert launched(kernel, hopper.tile_descriptor(x, 64, 64), 3)[0] == "first"
-    made = hopper.tile_descriptor(x, 64)
-    assert made.base is x
-    assert (made.shape, made.strides, made.block_shape) == (
-        [2, 3, 64, 128], [24576, 8192, 128, 1], [1, 1, 64, 128],
-    )  # fmt: skip
-    assert made.layout == again.layout
-    # Checked by Triton, each by itself, although many like it are known.
-    odd = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
-    with pytest.raises(AssertionError):
-        hopper.tile_descriptor(odd, 64)
-    assert hopper._ALIKE
-    assert all(fields["base"] is None for fields in hopper._ALIKE.values())
+def test_launch_forgets_a_call_that_failed():
+    kernel, fails = Kernel(), [True]
+
+    def body(_x):
+        if fails:
+            fails.pop()
+            raise OverflowError
+
+    function = doubled(kernel, body)
+    with pytest.raises(OverflowError):
+        function(*tensors(3))
+    assert launching._NOTES.launches is None
+    for _ in range(3):
+        function(*tensors(3))
+    assert kernel.ways == ["first", "again", "again"]
+
+
+def test_launch_records_what_its_own_thread_launches_and_all_of_it():
+    """Also what a function that it calls would have replayed."""
+    kernel = Kernel()
+    inner = doubled(kernel)
+    inner(*tensors(3))
+    inner(*tensors(3))
+
+    def beside():
+        launch(kernel, (9, 1, 1), (3, 4), CONSTANTS)
+
+    @replayed(kernel)
+    def outer(x, y):
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+        return inner(x, y)
+
+    outer(*tensors(3))
+    assert kernel.ways == ["first", "again", "first", "first"]
+    x, y = tensors(3)
+    outer(x, y)
+    ((how, grid, arguments),) = kernel.log
+    assert (how, grid) == ("again", (3, 1, 1))
+    assert arguments[0] is x
+    assert arguments[1][0] is y
+
+
+@pytest.mark.parametrize("more", [False, True])
+def test_launch_sees_all_of_a_call_within_an_op(more):
+    """Where PyTorch has dealt with gradients already, as in the package's ops."""
+    library = torch.library.Library(f"croc_kernels_test_launch_{more}", "DEF")
+    library.define("double(Tensor x, Tensor y) -> (Tensor, Tensor)")
+    kernel = Kernel()
+    function = doubled(kernel, lambda x: more and x.contiguous().add_(1))
+    library.impl("double", lambda x, y: (function(x, y)[0], torch.empty(1)), "CPU")
+    op = getattr(torch.ops, library.ns).double.default
+    for _ in range(3):
+        op(torch.zeros(3), torch.zeros(3))
+    assert kernel.ways == ["first"] * 3 if more else ["first", "again", "again"]
+
+
+def test_launch_of_ever_new_lengths_keeps_a_bounded_number(monkeypatch):
+    monkeypatch.setattr(launching, "_MOST_PLANS", 5)
+    kernel = Kernel()
+    function = doubled(kernel)
+    kept = []
+    for length in range(1, 21):
+        kept.append(length)
+        for _ in range(2):
+            function(*tensors(length))
+        assert kernel.ways == ["first", "again"]
+    function(*tensors(1))
+    assert kernel.ways == ["first"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("length", [100, 300, 1100])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_launch_on_a_gpu_is_not_worked_out_twice(monkeypatch, dim, length, deterministic):
+    """The second call gets on without ``launch``, with other values in other places."""
+
+    def call(*x):
+        return mixed_attention(*x, mask, return_lse=True, deterministic=deterministic)
+
+    mask = MASKS["spans"](2, length, "cuda")
+    given = [x.detach() for x in inputs(mask, 4, 2, dim, torch.bfloat16)]
+    check(call, *given, mask, 1 / math.sqrt(dim))
+    for module in (forward, backward, hopper_forward, hopper_backward):
+        monkeypatch.setattr(module, "launch", None)
+    others = [x.flip(1).contiguous() for x in given]
+    assert [x.stride() for x in others] == [x.stride() for x in given]
+    check(call, *others, mask, 1 / math.sqrt(dim))
 
 
 @pytest.mark.gpu

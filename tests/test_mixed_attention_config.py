@@ -75,8 +75,9 @@ def test_config_takes_the_hopper_forward_only_where_it_can():
      (128, 2048, (128, 2, 12, 2, False, False, 232, True, True)),
      (128, 4096, (128, 2, 4, 2, True, False, 232, True, True)),
      (128, 8192, (128, 2, 4, 2, True, False, 232, True, True)),
-     (256, 512, (64, 2, 12, 2, False, False, 216)),
-     (256, 2048, (64, 2, 16, 2, True, False, 216)), (256, 4096, (64, 2, 4, 2, True, False, 216))],
+     (256, 128, (64, 2, 12, 2, False, True, 216)), (256, 1024, (64, 2, 12, 2, False, True, 216)),
+     (256, 1025, (64, 2, 16, 2, True, True, 216)), (256, 3071, (64, 2, 16, 2, True, True, 216)),
+     (256, 4096, (64, 2, 4, 2, True, False, 216))],
 )  # fmt: skip
 def test_config_hopper_forward_is_what_was_measured(dim, length, tiles):
     picked = config.pick_hopper_forward(90, dim, torch.bfloat16, length, True, True)
@@ -89,7 +90,8 @@ def test_config_hopper_forward_is_what_was_measured(dim, length, tiles):
 
 @pytest.mark.parametrize(
     ("num_keys", "group", "unordered", "ordered"),
-    [(129, 1, 16, 16), (511, 1, 16, 16), (512, 1, 16, 16), (512, 4, 16, 16), (1023, 2, 16, 16),
+    [(129, 1, 16, 16), (511, 1, 16, 16), (512, 1, 16, 16), (512, 4, 16, 16), (575, 2, 16, 16),
+     (576, 2, 16, 16), (1023, 2, 16, 16),
      (1024, 1, 16, 16), (1024, 4, 16, 16), (1535, 1, 16, 16), (1535, 2, 16, 16), (1536, 1, 16, 16),
      (1536, 2, 16, 16), (2048, 1, 16, 16), (3071, 4, 16, 16), (3072, 1, 4, 8), (4096, 1, 4, 8),
      (4096, 2, 4, 2), (6143, 1, 4, 8), (6144, 1, 4, 4), (8192, 1, 4, 4), (8192, 4, 4, 2)],
@@ -99,23 +101,19 @@ def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered,
     for dim, tiles in config.HOPPER_BACKWARD.items():
         for repeatable, section in ((False, unordered), (True, ordered)):
             picked = config.pick_hopper_backward(
-                90, dim, torch.bfloat16, num_keys, True, True, planes=4, group=group,
+                90, dim, torch.bfloat16, num_keys, True, True, planes=1, group=group,
                 ordered=repeatable,
             )  # fmt: skip
             alone = repeatable and dim == 256
             ahead = not repeatable and dim == 128 and num_keys >= (512 if group == 1 else 1024)
             early = ahead or (not repeatable and dim == 256 and num_keys >= 512)
             early |= not repeatable and dim == 64 and group == 1 and num_keys >= 1024
-            dealt = 8 if ahead and section == 16 else 1 if alone else section
+            eight = ahead or (dim == 256 and num_keys >= 576)
+            dealt = 1 if alone else 8 if eight and section == 16 else section
             late = dim == 64 and group == 1 and num_keys >= (6144 if repeatable else 1024)
             assert picked == config.HopperBackwardConfig(
-                *tiles,
-                dealt,
-                ahead,
-                early,
-                late,
-                staged=dim == 128 and not (repeatable and group > 1),
-            )
+                *tiles, dealt, ahead, early, late, staged=dim == 128
+            )  # fmt: skip
             assert picked.constants()["LATE"] == late
 
 
@@ -124,11 +122,12 @@ def test_config_hopper_backward_is_what_was_measured(num_keys, group, unordered,
     [(511, 4096, 1, None, None), (512, 512, 1, None, (4, 8)), (575, 512, 1, None, (4, 8)),
      (640, 32, 1, None, None), (640, 128, 1, (3, 8), (3, 8)), (640, 512, 1, (3, 8), (3, 8)),
      (767, 128, 1, (3, 8), (3, 8)), (800, 128, 1, (4, 4), (3, 8)), (1024, 128, 1, (2, 8), (2, 8)),
-     (1024, 32, 4, None, None), (1024, 128, 4, (2, 8), (2, 8)), (1200, 31, 1, None, None),
-     (1200, 32, 1, (2, 8), None), (1200, 128, 1, (2, 8), (2, 8)), (1535, 128, 1, (2, 8), (2, 8)),
-     (2048, 128, 1, (2, 4), (2, 8)), (2048, 32, 4, (2, 8), (2, 8)), (3072, 128, 1, (2, 2), (2, 4)),
-     (4096, 128, 1, (2, 2), (2, 4)), (4096, 32, 4, (2, 4), (2, 2)), (8192, 64, 1, (2, 2), (2, 2)),
-     (8192, 16, 4, (2, 2), (2, 2)), (10240, 32, 1, (2, 2), (2, 2)), (16384, 32, 1, (2, 2), (2, 2))],
+     (640, 31, 4, None, None), (640, 32, 4, None, (3, 8)), (1024, 128, 4, (2, 8), (4, 4)),
+     (1200, 31, 1, None, None), (1200, 32, 1, (2, 8), None), (1200, 128, 1, (2, 8), (2, 8)),
+     (1535, 128, 1, (2, 8), (2, 8)), (2048, 128, 1, (2, 4), (2, 8)), (2048, 32, 4, (2, 8), (4, 4)),
+     (3071, 32, 4, (2, 8), (4, 4)), (3072, 128, 1, (2, 2), (2, 4)), (4096, 128, 1, (2, 2), (2, 4)),
+     (4096, 32, 4, (2, 4), (3, 1)), (8192, 64, 1, (2, 2), (2, 2)), (8192, 16, 4, (2, 2), (3, 1)),
+     (10240, 32, 1, (2, 2), (2, 2)), (16384, 32, 1, (2, 2), (2, 2))],
 )  # fmt: skip
 def test_config_prepares_statistics_ahead_where_that_gained(
     num_keys, planes, group, unordered, ordered

@@ -11,7 +11,7 @@ from croc_kernels.testing import assert_within_budget
 
 pytestmark = pytest.mark.gpu
 
-# Rows of each class of config.HOPPER_LONG.
+# Rows of each class of config.HOPPER_FORWARD.
 LENGTHS = [400, 1664, 3200]
 
 

@@ -57,7 +57,7 @@ def test_launches_read_one_copy_of_an_output_that_was_moved(launched, num_keys, 
     assert picked.whole == (num_keys == 128)
     hopper_backward.hopper_bwd(
         grad_out, None, q, k, v, given, lse, row_start, row_end,
-        0.1, [torch.empty_like(x) for x in (q, k, v)], picked, False,
+        0.1, picked, False,
     )  # fmt: skip
     names = [name for name, *_ in launched]
     last = ["finish_kernel"] * (not picked.whole)
@@ -95,15 +95,14 @@ def test_launches_one_kernel_for_both_orders_where_one_tile_holds_all_keys(
     q, grad_out, out = (torch.randn(2, 8, num_queries, dim).bfloat16() for _ in range(3))
     k, v = (torch.randn(2, 2, num_keys, dim).bfloat16() for _ in range(2))
     row_start, row_end = torch.zeros(2, 2, num_keys, dtype=torch.int32)
-    grads = [torch.zeros_like(x) for x in (q, k, v)]
     for ordered in (False, True):
         launched.clear()
         picked = config.pick_hopper_backward(
             90, dim, q.dtype, num_keys, True, True, planes=4, group=4, ordered=ordered
         )
-        hopper_backward.hopper_bwd(
+        grads = hopper_backward.hopper_bwd(
             grad_out, None, q, k, v, out, torch.randn(2, 8, num_queries), row_start, row_end,
-            0.1, grads, picked, ordered,
+            0.1, picked, ordered,
         )  # fmt: skip
         assert [x[0] for x in launched] == [
             "bounds", "prepare_kernel", "mixed_attention_bwd_hopper_kernel",
@@ -124,10 +123,9 @@ def test_launches_forward_programs_for_what_there_is(monkeypatch, length):
         hopper_forward, "launch", lambda *arguments, **_options: launched.append(arguments)
     )
     q, k, v = (torch.randn(1, heads, length, 128).bfloat16() for heads in (8, 2, 2))
-    out, lse = torch.empty_like(q), torch.empty(1, 8, length)
     start, end = torch.zeros(2, 1, length, dtype=torch.int32)
     picked = config.pick_hopper_forward(90, 128, q.dtype, length, True, True)
-    hopper_forward.hopper_fwd(q, k, v, start, end, 0.1, out, lse, picked)
+    out, lse = hopper_forward.hopper_fwd(q, k, v, start, end, 0.1, picked)
     ((kernel, grid, arguments, constants),) = launched
     assert kernel is hopper_forward._mixed_attention_fwd_hopper_kernel
     items = 8 * math.ceil(length / picked.block_m)

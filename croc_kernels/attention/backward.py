@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import on_device
-from ..launch import launch
+from ..launch import launch, replayed
 from . import config
 from .config import LOG2_E
 from .hopper_backward import hopper_bwd
@@ -272,12 +272,6 @@ def _mixed_attention_bwd_kernel(
         )  # fmt: skip
 
 
-def _empty_heads_last(like: Tensor) -> Tensor:
-    """(B, H, L, D) laid out as (B, L, H, D)."""
-    batch, heads, length, dim = like.shape
-    return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
-
-
 def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     """(B, H, Lq) float32."""
     batch, heads, length, dim = out.shape
@@ -295,6 +289,34 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     return delta
 
 
+@replayed(_delta_kernel, _mixed_attention_bwd_kernel)
+def _plain_bwd(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    out: Tensor, lse: Tensor, start: Tensor, end: Tensor,
+    row_start: Tensor, row_end: Tensor, visible_until: Tensor | None,
+    scale: float, softcap: float, precision: str, picked: config.BackwardConfig,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, by the kernel that runs on all chips."""
+    grads = tuple(config.empty_heads_last(x) for x in (q, k, v))
+    bounds, between = config.by_sample(
+        start, end, row_start, row_end, end if visible_until is None else visible_until
+    )
+    (batch, heads, length, _), (_, key_heads, num_keys, _) = q.shape, k.shape
+    key_programs = triton.cdiv(num_keys, picked.keys_block_n) * batch * key_heads
+    query_programs = triton.cdiv(length, picked.queries_block_m) * batch * heads
+    delta = _delta(out, grad_out, grad_lse)
+    launch(
+        _mixed_attention_bwd_kernel, (key_programs + query_programs, 1, 1),
+        ((q, k, v, grad_out), (lse, delta), grads, bounds,
+         (*(s for x in (q, k, v, grad_out, *grads) for s in x.stride()[:3]), *between),
+         *config.factors(scale, softcap), scale, length, num_keys, key_programs),
+        {"HAS_UNTIL": visible_until is not None, "HAS_SOFTCAP": softcap != 0.0,
+         "PRECISION": precision, **config.shape_constants(q, k), **picked.constants()},
+        num_warps=picked.num_warps, num_stages=picked.num_stages,
+    )  # fmt: skip
+    return grads
+
+
 def mixed_attention_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, start: Tensor, end: Tensor,
@@ -305,38 +327,22 @@ def mixed_attention_bwd(
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
     arch, dim = config.arch_of(q), q.shape[3]
-    grads = [_empty_heads_last(x) for x in (q, k, v)]
     if k.numel() == 0 or q.numel() == 0:
-        return tuple(g.zero_() for g in grads)
+        return tuple(config.empty_heads_last(x).zero_() for x in (q, k, v))
     aligned = all(config.tma_aligned(x) for x in (q, k, v, grad_out))
     plain_scores = visible_until is None and softcap == 0.0
     hopper = config.pick_hopper_backward(
         arch, dim, q.dtype, k.shape[2], plain_scores, aligned,
         planes=k.shape[0] * k.shape[1], group=q.shape[1] // k.shape[1], ordered=deterministic,
     )  # fmt: skip
-    if hopper is not None:
-        with on_device(q):
-            hopper_bwd(
-                grad_out, grad_lse, q, k, v, out, lse, row_start, row_end, scale, grads, hopper,
+    with on_device(q):
+        if hopper is not None:
+            return hopper_bwd(
+                grad_out, grad_lse, q, k, v, out, lse, row_start, row_end, scale, hopper,
                 deterministic,
             )  # fmt: skip
-        return tuple(grads)
-    bounds, between = config.by_sample(
-        start, end, row_start, row_end, end if visible_until is None else visible_until
-    )
-    picked = config.pick_backward(arch, dim, q.dtype, q.shape[2])
-    (batch, heads, length, _), (_, key_heads, num_keys, _) = q.shape, k.shape
-    key_programs = triton.cdiv(num_keys, picked.keys_block_n) * batch * key_heads
-    query_programs = triton.cdiv(length, picked.queries_block_m) * batch * heads
-    with on_device(q):
-        delta = _delta(out, grad_out, grad_lse)
-        launch(
-            _mixed_attention_bwd_kernel, (key_programs + query_programs, 1, 1),
-            ((q, k, v, grad_out), (lse, delta), tuple(grads), bounds,
-             (*(s for x in (q, k, v, grad_out, *grads) for s in x.stride()[:3]), *between),
-             *config.factors(scale, softcap), scale, length, num_keys, key_programs),
-            {"HAS_UNTIL": visible_until is not None, "HAS_SOFTCAP": softcap != 0.0,
-             **config.shape_constants(q, k), **picked.constants()},
-            num_warps=picked.num_warps, num_stages=picked.num_stages,
+        picked = config.pick_backward(arch, dim, q.dtype, q.shape[2])
+        return _plain_bwd(
+            grad_out, grad_lse, q, k, v, out, lse, start, end, row_start, row_end, visible_until,
+            scale, softcap, config.precision(q.dtype), picked,
         )  # fmt: skip
-    return tuple(grads)

@@ -207,25 +207,25 @@ def pick_backward(arch: int, dim: int, dtype: torch.dtype, length: int) -> Backw
     return BackwardConfig(*_row(_BACKWARD[family(arch)], dim))
 
 
-# (block_n, stages, section, groups, dynamic, skip, registers, keep_q, trust) per head dimension: of
-# short rows, and from each of HOPPER_LONG rows on. Measured on H100 and H200,
-# docs/attention_trials.md.
+HOPPER_LONG = (1536, 3072)
+# (block_n, stages, section, groups, dynamic, skip, registers, keep_q, trust) per head dimension,
+# from so many rows on. Measured on H100 and H200, docs/attention_trials.md.
 HOPPER_FORWARD = {
     64: (
-        (64, 4, 4, 2, False, False, 232, True, True),
-        (128, 3, 12, 2, False, False, 232, True, True),
-        (128, 3, 4, 3, True, False, 160, False, True),
+        (0, 64, 4, 4, 2, False, False, 232, True, True),
+        (HOPPER_LONG[0], 128, 3, 12, 2, False, False, 232, True, True),
+        (HOPPER_LONG[1], 128, 3, 4, 3, True, False, 160, False, True),
     ),
     128: (
-        (64, 4, 4, 2, False, True, 232, True, True), (128, 2, 12, 2, False, False, 232, True, True),
-        (128, 2, 4, 2, True, False, 232, True, True),
+        (0, 64, 4, 4, 2, False, True, 232, True, True),
+        (HOPPER_LONG[0], 128, 2, 12, 2, False, False, 232, True, True),
+        (HOPPER_LONG[1], 128, 2, 4, 2, True, False, 232, True, True),
     ),
     256: (
-        (64, 2, 12, 2, False, False, 216), (64, 2, 16, 2, True, False, 216),
-        (64, 2, 4, 2, True, False, 216),
+        (0, 64, 2, 12, 2, False, True, 216), (1025, 64, 2, 16, 2, True, True, 216),
+        (HOPPER_LONG[1], 64, 2, 4, 2, True, False, 216),
     ),
 }  # fmt: skip
-HOPPER_LONG = (1536, 3072)
 # Fewer rows than a tile has, as with a cache: the plain kernel has smaller ones.
 HOPPER_SHORTEST = 128
 
@@ -240,14 +240,13 @@ def pick_hopper_forward(
     fits = plain_scores and aligned and length >= HOPPER_SHORTEST
     if arch != 90 or dtype == torch.float32 or not (fits and tiles):
         return None
-    return HopperForwardConfig(*tiles[sum(length >= longer for longer in HOPPER_LONG)])
+    return HopperForwardConfig(*[row[1:] for row in tiles if length >= row[0]][-1])
 
 
 # (block_m, block_n, stages) per head dimension. Measured on an H200 for D = 64 (424 TFLOP/s at 8k;
 # three stages 418, 128 rows per tile 367) and D = 128 (three stages: 2 % slower at 1k to 4k).
 HOPPER_BACKWARD = {64: (64, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}
-# Where there is shared memory for a tile of dQ in float32, and it gained: not in order where heads
-# share keys. Measured on an H100.
+# Where there is shared memory for a tile of dQ in float32, and it gained on an H100 and an H200.
 HOPPER_STAGED = (128,)
 # From how many keys on ``ahead`` with ``early`` gained, or ``early`` alone, by dimension and
 # whether heads share keys. Measured on an H100, D = 256 on an H200, docs/attention_trials.md.
@@ -256,17 +255,18 @@ HOPPER_EARLY = HOPPER_AHEAD | {(64, False): 1024, (256, False): 512, (256, True)
 # The same for ``late``, and from how many keys on in order. Measured on an H200.
 HOPPER_LATE = {(64, False): (1024, 2 * HOPPER_LONG[1])}
 # Statistics ahead at D = 128, by whether in order and whether heads share keys: from how many keys
-# on, how many sections ahead, key heads of a section. Measured on an H100.
+# on, how many sections ahead, key heads of a section. Measured on an H100, the last on an H200.
 HOPPER_STATISTICS = {
     (False, False): (
         (576, 3, 8), (768, 4, 4), (1024, 2, 8), (1536, 2, 4), (HOPPER_LONG[1], 2, 2),
     ),
     (False, True): ((1024, 2, 8), (HOPPER_LONG[1], 2, 4), (2 * HOPPER_LONG[1], 2, 2)),
     (True, False): ((512, 4, 8), (576, 3, 8), (1024, 2, 8), (HOPPER_LONG[1], 2, 4), (6144, 2, 2)),
-    (True, True): ((512, 4, 8), (576, 3, 8), (1024, 2, 8), (HOPPER_LONG[1], 2, 2)),
+    (True, True): ((512, 4, 8), (576, 3, 8), (1024, 4, 4), (HOPPER_LONG[1], 3, 1)),
 }  # fmt: skip
-# Not with fewer programs, but that not in order so many fewer gained from so many keys on.
-HOPPER_STATISTICS_PROGRAMS = (512, 320, 768)
+# Not with fewer programs, but that not in order so many fewer gained from so many keys on, and in
+# order with shared heads still fewer.
+HOPPER_STATISTICS_PROGRAMS = (512, 320, 768, 160)
 # So many programs of two tiles of keys each have zeros ahead.
 HOPPER_MANY_PROGRAMS = 2048
 
@@ -275,12 +275,11 @@ def _statistics(
     dim: int, num_keys: int, programs: int, group: int, ordered: bool
 ) -> tuple[int, int] | None:
     """Sections that are prepared ahead and key heads of each, None to leave it."""
-    many, few, long = HOPPER_STATISTICS_PROGRAMS
-    least = few if not ordered and num_keys >= long else many
+    many, few, long, fewest = HOPPER_STATISTICS_PROGRAMS
+    least = few if not ordered and num_keys >= long else fewest if ordered and group > 1 else many
     if dim != 128 or programs < least:
         return None
-    rows = HOPPER_STATISTICS[ordered, group > 1]
-    found = [row[1:] for row in rows if num_keys >= row[0]]
+    found = [row[1:] for row in HOPPER_STATISTICS[ordered, group > 1] if num_keys >= row[0]]
     return found[-1] if found else None
 
 
@@ -288,12 +287,12 @@ def _backward_section(dim: int, num_keys: int, group: int, ordered: bool, ahead:
     """Key heads whose tiles are dealt out together. Measured on an H100, docs/attention_trials.md.
     In order, more heads at a time also wait for more: 4 lost 4 % at 8192 keys with shared heads, 2
     lost 4 % with D = 256. Zeroing ahead, 16 lost 1 to 4 % against 8, but 8 lose where a head has
-    fewer than 4 tiles: there is no time to zero the next section in.
+    fewer than 4 tiles: there is no time to zero the next section in. With D = 256 16 lost 2 to 6 %.
     """
     if ordered and dim == 256:
         return 1
     if num_keys < HOPPER_LONG[1]:
-        return 8 if ahead and num_keys >= 512 else 16
+        return 8 if (ahead and num_keys >= 512) or (dim == 256 and num_keys >= 576) else 16
     if ordered and group > 1:
         return 2
     return 8 if ordered and num_keys < 2 * HOPPER_LONG[1] else 4
@@ -315,7 +314,7 @@ def pick_hopper_backward(
     if num_keys <= tiles[1]:
         return HopperBackwardConfig(*tiles, 1, whole=True)
     programs = planes * math.ceil(num_keys / tiles[1])
-    staged = dim in HOPPER_STAGED and not (ordered and group > 1)
+    staged = dim in HOPPER_STAGED
     statistics = _statistics(dim, num_keys, programs, group, ordered)
     if statistics is not None:
         ahead, section = statistics
@@ -367,6 +366,13 @@ def arch_of(tensor: Tensor) -> int:
     return 0 if interpreted() else capability(tensor.device.index)
 
 
+def empty_heads_last(like: Tensor) -> Tensor:
+    """(B, H, L, D) laid out as (B, L, H, D)."""
+    _, heads, length, dim = like.shape
+    strides = (length * heads * dim, dim, heads * dim, 1)
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
+
+
 def by_sample(*vectors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """(B, L) vectors of a mask as kernels read them, neighbours side by side, and the distance from
     sample to sample: views into one tensor, and one row expanded to all samples, are not copied.
@@ -389,9 +395,6 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def shape_constants(q: Tensor, k: Tensor) -> dict[str, object]:
-    """Constexpr arguments that depend on the inputs alone."""
+    """Constexpr arguments that depend on the shapes alone."""
     first, second = split_head(q.shape[3])
-    return {
-        "HEADS": q.shape[1], "GROUP": q.shape[1] // k.shape[1], "D1": first, "D2": second,
-        "PRECISION": precision(q.dtype),
-    }  # fmt: skip
+    return {"HEADS": q.shape[1], "GROUP": q.shape[1] // k.shape[1], "D1": first, "D2": second}

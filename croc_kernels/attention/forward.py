@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import on_device
-from ..launch import launch
+from ..launch import launch, replayed
 from . import config
 from .hopper_forward import hopper_fwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
@@ -112,37 +112,45 @@ def _mixed_attention_fwd_kernel(
     tl.store(lse_ptr + tl.cast(plane, tl.int64) * num_queries + rows, lse, mask=inside)
 
 
+@replayed(_mixed_attention_fwd_kernel)
+def _plain_fwd(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
+    scale: float, softcap: float, precision: str, picked: config.ForwardConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and base-2 log-sum-exp, by the kernel that runs on all chips."""
+    batch, heads, length, _ = q.shape
+    out = config.empty_heads_last(q)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
+    bounds, between = config.by_sample(start, end, end if visible_until is None else visible_until)
+    launch(
+        _mixed_attention_fwd_kernel, (triton.cdiv(length, picked.block_m) * batch * heads, 1, 1),
+        (q, k, v, out, lse, bounds,
+         (*(s for x in (q, k, v, out) for s in x.stride()[:3]), *between),
+         *config.factors(scale, softcap), length, k.shape[2]),
+        {"HAS_UNTIL": visible_until is not None, "HAS_SOFTCAP": softcap != 0.0,
+         "PRECISION": precision, **config.shape_constants(q, k), **picked.constants()},
+        num_warps=picked.num_warps, num_stages=picked.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
 def mixed_attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
     scale: float, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Op ``mixed_attention_fwd`` on CUDA: (B, H, Lq, D) output, (B, H, Lq) base-2 log-sum-exp."""
-    batch, heads, length, dim = q.shape
-    out = torch.empty((batch, length, heads, dim), dtype=q.dtype, device=q.device).transpose(1, 2)
-    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
-        return out, lse
+    length, dim = q.shape[2:]
+    if q.numel() == 0:
+        return config.empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     arch = config.arch_of(q)
     aligned = k.numel() > 0 and all(config.tma_aligned(x) for x in (q, k, v))
     plain_scores = visible_until is None and softcap == 0.0
     hopper = config.pick_hopper_forward(arch, dim, q.dtype, length, plain_scores, aligned)
-    if hopper is not None:
-        with on_device(q):
-            hopper_fwd(q, k, v, start, end, scale, out, lse, hopper)
-        return out, lse
-    if config.must_copy_values(arch, dim, v):
-        v = v.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-    bounds, between = config.by_sample(start, end, end if visible_until is None else visible_until)
-    picked = config.pick_forward(arch, dim, q.dtype, length)
-    grid = (triton.cdiv(length, picked.block_m) * batch * heads, 1, 1)
     with on_device(q):
-        launch(
-            _mixed_attention_fwd_kernel, grid,
-            (q, k, v, out, lse, bounds,
-             (*(s for x in (q, k, v, out) for s in x.stride()[:3]), *between),
-             *config.factors(scale, softcap), length, k.shape[2]),
-            {"HAS_UNTIL": visible_until is not None, "HAS_SOFTCAP": softcap != 0.0,
-             **config.shape_constants(q, k), **picked.constants()},
-            num_warps=picked.num_warps, num_stages=picked.num_stages,
-        )  # fmt: skip
-    return out, lse
+        if hopper is not None:
+            return hopper_fwd(q, k, v, start, end, scale, hopper)
+        if config.must_copy_values(arch, dim, v):
+            v = v.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+        picked = config.pick_forward(arch, dim, q.dtype, length)
+        precision = config.precision(q.dtype)
+        return _plain_fwd(q, k, v, start, end, visible_until, scale, softcap, precision, picked)

@@ -10,8 +10,6 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..launch import kind_of
-
 # Of all warps of a partition.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -33,9 +31,6 @@ _PUBLIC: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reint
 
 # Made once: a launch is short enough for the host to notice.
 _TILES = gl.NVMMASharedLayout(128, 16, 4)
-# What descriptors consist of but for their tensors, checked when the first of them was made.
-_ALIKE: dict[tuple, dict[str, object]] = {}
-_MOST_ALIKE = 4096
 
 
 @gluon.jit
@@ -69,26 +64,5 @@ def tile_descriptor(x: Tensor, block: int, columns: int = 0) -> TensorDescriptor
     """(1, 1, block, columns or D) tiles of a (B, H, L, D) tensor; rows past the end are zeros."""
     (b, h, rows, dim), (step_b, step_h, step_l, _) = x.shape, x.stride()
     # The stride of a dimension of one element may be anything, and is never used.
-    strides = (step_b if b > 1 else 8, step_h if h > 1 else 8, step_l if rows > 1 else 8, 1)
-    return descriptor(x, x.shape, strides, (1, 1, block, columns or dim), _TILES)
-
-
-def descriptor(
-    x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], tile: tuple[int, ...],
-    layout: object,
-) -> TensorDescriptor:  # fmt: skip
-    """``TensorDescriptor(x, shape, strides, tile, layout)``, whose checks are made here once for
-    all tensors alike. ``layout`` must live as long as the process.
-    """
-    key = (x.dtype, shape, strides, tile, id(layout))
-    alike = _ALIKE.get(key)
-    if alike is None or x.data_ptr() % 16:
-        made = TensorDescriptor(x, list(shape), list(strides), list(tile), layout)
-        if len(_ALIKE) >= _MOST_ALIKE:
-            _ALIKE.clear()
-        _ALIKE[key] = {**vars(made), "base": None, "kind": kind_of(made)}
-        return made
-    made = object.__new__(TensorDescriptor)
-    made.__dict__.update(alike)
-    made.base = x
-    return made
+    strides = [step_b if b > 1 else 8, step_h if h > 1 else 8, step_l if rows > 1 else 8, 1]
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, block, columns or dim], _TILES)

@@ -181,7 +181,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     for dim, (_, most, _) in config.HOPPER_BACKWARD.items():
         cases += [backward_case(dim, bf16, group=g, num_keys=most) for g in (1, 4)]
         cases.append(prepare_case(dim, bf16, num_keys=most))
-    forward = [(d, n) for d in config.HOPPER_FORWARD for n in (1024, *config.HOPPER_LONG)]
+    forward = [(d, max(row[0], 128)) for d, tiles in config.HOPPER_FORWARD.items() for row in tiles]
     cases += [forward_case(dim, bf16, length=n) for dim, n in forward]
     cases += [forward_case(128, torch.float16), forward_case(128, bf16, group=4)]
     return cases

@@ -7,9 +7,9 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..launch import launch
-from .config import LOG2_E, HopperBackwardConfig, by_sample, tma_aligned
-from .hopper import descriptor, tile_descriptor
+from ..launch import launch, replayed
+from .config import LOG2_E, HopperBackwardConfig, by_sample, empty_heads_last, tma_aligned
+from .hopper import TensorDescriptor, tile_descriptor
 from .hopper_backward_kernel import _mixed_attention_bwd_hopper_kernel
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
@@ -158,16 +158,18 @@ def _dq_descriptor(dq: Tensor, sums: Tensor, picked: HopperBackwardConfig) -> ob
     if not picked.staged:
         return None
     rows = sums.shape[1] // SUMS
-    shape = (sums.shape[0] * rows, SUMS)
-    return descriptor(sums, shape, (SUMS, 1), (rows, SUMS), _STATISTICS)
+    shape = [sums.shape[0] * rows, SUMS]
+    return TensorDescriptor(sums, shape, [SUMS, 1], [rows, SUMS], _STATISTICS)
 
 
+@replayed(_prepare_kernel, _mixed_attention_bwd_hopper_kernel, _finish_kernel)
 def hopper_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, row_start: Tensor, row_end: Tensor,
-    scale: float, grads: list[Tensor], picked: HopperBackwardConfig, ordered: bool,
-) -> None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``."""
+    scale: float, picked: HopperBackwardConfig, ordered: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v."""
+    grads = tuple(empty_heads_last(x) for x in (q, k, v))
     (batch, heads, length, dim), (_, key_heads, num_keys, _) = q.shape, k.shape
     block_m, block_n, group = picked.block_m, picked.block_n, heads // key_heads
     tiles, key_tiles = triton.cdiv(length, block_m), triton.cdiv(num_keys, block_n)
@@ -194,8 +196,8 @@ def hopper_bwd(
          (*out.stride()[:3], *grad_out.stride()[:3]), length, planes, first),
         {"PART": part, "LAUNCH": overlap, "WHOLE": picked.whole, **common}, num_warps=8,
     )  # fmt: skip
-    stats_desc = descriptor(
-        stats, (planes * tiles, 2 * block_m), (2 * block_m, 1), (1, 2 * block_m), _STATISTICS
+    stats_desc = TensorDescriptor(
+        stats, list(stats.shape), list(stats.stride()), [1, 2 * block_m], _STATISTICS
     )
     g_desc = tile_descriptor(grad_out, block_m)
     # What only some kernels read or write.
@@ -209,7 +211,7 @@ def hopper_bwd(
         {"GROUP": group, **common, **picked.constants()}, num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
     if picked.whole:
-        return
+        return grads
     launch(
         _finish_kernel, (planes * tiles, 1, 1),
         (sums, grads[0], grads[0].stride()[:3], scale, length, counts, key_tiles),
@@ -217,3 +219,4 @@ def hopper_bwd(
          "WAIT": overlap, "EARLY": picked.early},
         num_warps=8, launch_pdl=overlap,
     )  # fmt: skip
+    return grads

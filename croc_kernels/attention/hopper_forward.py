@@ -20,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..backend import multiprocessors
-from ..launch import launch
-from .config import LOG2_E, HopperForwardConfig, by_sample
+from ..launch import launch, replayed
+from .config import LOG2_E, HopperForwardConfig, by_sample, empty_heads_last
 from .hopper import barrier, of_sample, tile_descriptor, tma_store
 from .hopper_forward_loads import given, item_of, produce
 from .hopper_softmax import (
@@ -311,12 +311,15 @@ def _mixed_attention_fwd_hopper_kernel(
         )  # fmt: skip
 
 
+@replayed(_mixed_attention_fwd_hopper_kernel)
 def hopper_fwd(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float,
-    out: Tensor, lse: Tensor, picked: HopperForwardConfig,
-) -> None:  # fmt: skip
-    """Write output and base-2 log-sum-exp to ``out`` and ``lse``."""
+    picked: HopperForwardConfig,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and base-2 log-sum-exp."""
     batch, heads, length, dim = q.shape
+    out = empty_heads_last(q)
+    lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     rows, block_n = picked.block_m // picked.groups, picked.block_n
     items = triton.cdiv(length, picked.block_m) * batch * heads
     programs = min(items, multiprocessors(q.device.index))
@@ -333,3 +336,4 @@ def hopper_fwd(
         {"HEADS": heads, "GROUP": heads // k.shape[1], "D": dim, **picked.constants()},
         num_warps=4,
     )  # fmt: skip
+    return out, lse
