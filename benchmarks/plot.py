@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +21,50 @@ def newest() -> list[Path]:
     return [f[-1] for f in files if f]
 
 
+def measure(rows: list[dict[str, Any]]) -> tuple[str, Callable[[dict[str, Any], float], float]]:
+    """What is drawn of a row and a time in ms of it: speed where all rows have one, else time."""
+    for key, unit in (("tflops", "TFLOP/s"), ("gbytes_per_s", "GB/s")):
+        if all(row[key] for row in rows):
+            return unit, lambda row, ms, key=key: row[key] * row["median_ms"] / ms
+    return "ms", lambda _row, ms: ms
+
+
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Grouped bars: cases along x, one bar per provider, median with the span of q20 to q80."""
+    """A line of dots for each case, one per provider: the median, and from q20 to q80 a stroke.
+    Hollow: a provider that solves an easier problem.
+    """
     cases = list(dict.fromkeys(r["case"] for r in rows))
     providers = sorted({r["provider"] for r in rows}, key=lambda p: (not p.startswith("croc"), p))
-    width = 0.8 / len(providers)
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.3 * len(cases) + 2), 4.0))
+    unit, value = measure(rows)
+    figure, axes = plt.subplots(figsize=(9.0, 1.6 + 0.27 * len(cases)))
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
     for i, provider in enumerate(providers):
-        mine = {r["case"]: r for r in rows if r["provider"] == provider}
-        shown = [(x, mine[c]) for x, c in enumerate(cases) if c in mine]
-        medians = [r["median_ms"] for _, r in shown]
-        below = [r["median_ms"] - r["q20_ms"] for _, r in shown]
-        above = [r["q80_ms"] - r["median_ms"] for _, r in shown]
-        axes.bar(
-            [x + (i - (len(providers) - 1) / 2) * width for x, _ in shown],
-            medians,
-            width,
-            yerr=[below, above],
-            label=provider,
-            capsize=2,
-        )
-    axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
-    axes.set_yscale("log")
-    axes.set_ylabel("median time, ms (log)")
+        mine = [r for r in rows if r["provider"] == provider]
+        color, ours = f"C{i % 10}", provider.startswith("croc")
+        for row in mine:
+            place, span = (
+                cases.index(row["case"]),
+                [value(row, row[q]) for q in ("q20_ms", "q80_ms")],
+            )
+            axes.plot(span, [place, place], color=color, linewidth=1.5, alpha=0.5, zorder=1)
+        hollow = not all(row.get("same_problem", True) for row in mine)
+        axes.scatter(
+            [value(row, row["median_ms"]) for row in mine],
+            [cases.index(row["case"]) for row in mine],
+            s=46 if ours else 22, marker="D" if ours else "o", edgecolors=color,
+            facecolors="none" if hollow else color, label=provider, zorder=3 if ours else 2,
+        )  # fmt: skip
+    axes.set_yticks(range(len(cases)), cases)
+    axes.invert_yaxis()
+    if unit == "ms":
+        axes.set_xscale("log")
+    else:
+        axes.set_xlim(left=0)
+    axes.set_xlabel(f"median, {unit}")
     axes.set_title(title)
-    axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
