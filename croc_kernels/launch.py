@@ -7,17 +7,24 @@ down as a function of its tensors that does only what reached the device: alloca
 was compiled, as Triton lets one launch what :meth:`JITFunction.warmup` gives.
 """
 
+import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 from triton import knobs
 
-# Of one function. Each new length is one.
-_MOST_PLANS = 4096
+from .backend import logger
+
+# Of one function. Each new length is one, of some 8 to 18 kB.
+_MOST_PLANS = 1024
+# How often a call of a kind is recorded that does more than can be replayed: something else may
+# have happened meanwhile, a finaliser or somebody's hook.
+_MOST_TRIES = 3
+_PLAIN = (bool, int, float, str, type(None))
 _EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default)
 _ZEROS = torch.ops.aten.zeros.default
 _DETACH = torch.ops.aten.detach.default
@@ -74,21 +81,24 @@ class _Recording(TorchDispatchMode):
         self.complete = True
 
     def __enter__(self) -> "_Recording":
+        # Not TorchDispatchMode's own, which says so to the whole process: threads that record at
+        # the same time would leave it said, and Dynamo would compile no more.
+        _push_mode(self)
         _NOTES.launches = self.launches
-        return super().__enter__()
+        return self
 
     def __exit__(self, *raised: object) -> None:
         _NOTES.launches = None
-        super().__exit__(*raised)
+        _pop_mode()
 
     def __torch_dispatch__(
         self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if func in _EMPTY or func is _ZEROS:
+        if (func in _EMPTY or func is _ZEROS) and not (kwargs or {}).get("pin_memory"):
             self.made.append((func, result))
         elif func is _DETACH and self.made and args[0] is self.made[-1][1]:
-            # What a call under a dispatch mode gets of an allocation.
+            # PyTorch hands out an alias of an allocation that somebody else, this list, holds too.
             self.made[-1] = (self.made[-1][0], result)
         else:
             self.complete = False
@@ -116,20 +126,25 @@ class _Writer:
         return found
 
     def expression(self, x: object) -> str:
-        """KeyError for a tensor that was neither given nor allocated."""
+        """KeyError for a tensor that was neither given nor allocated, or what may hold one."""
         if isinstance(x, Tensor):
             return self.places[id(x)]
         if type(x) in (tuple, list):
             return f"({''.join(self.expression(y) + ', ' for y in x)})"
         if hasattr(x, "block_shape"):
-            like = functools.partial(_like, type(x), {**vars(x), "base": None})
+            alike = {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.name != "base"}
+            like = functools.partial(_like, type(x), alike)
             return f"{self.name(like)}({self.places[id(x.base)]})"
-        return self.name(x)
+        if type(x) in _PLAIN:
+            return self.name(x)
+        raise KeyError(type(x))
 
     def allocate(self, func: object, x: Tensor) -> None:
         strides = "" if func is _ZEROS else f"{self.name(x.stride())}, "
         name = "zeros" if func is _ZEROS else "empty_strided"
         shape, dtype, device = (self.name(y) for y in (tuple(x.shape), x.dtype, x.device))
+        if x.requires_grad:
+            raise KeyError("requires_grad")
         self.places[id(x)] = place = f"made{len(self.lines)}"
         self.lines.append(
             f"{place} = torch.{name}({shape}, {strides}dtype={dtype}, device={device})"
@@ -173,7 +188,7 @@ def _written(
         return None
 
 
-def _kinds(arguments: Sequence[object]) -> tuple[tuple, list[Tensor]]:
+def _key(arguments: Sequence[object]) -> tuple[tuple, list[Tensor]]:
     """All that a call may depend on besides what its tensors hold and where they are; the tensors.
     Which of them are one and the same is part of it.
     """
@@ -204,31 +219,34 @@ def replayed(*kernels: object) -> Callable[[Callable], Callable]:
     """Decorator: from the second call of a kind on, only what the first one allocated and launched.
 
     The function takes tensors of one device, the current one, and hashable arguments, on which all
-    that it does depends, and returns tensors. If its first call does more than allocate and launch
-    through :func:`launch`, a copy for example, every call of that kind is made as without this.
+    that it does depends, and returns tensors. Where it does more than allocate and launch through
+    :func:`launch`, a copy for example, every call of that kind is made as without this.
 
     Args:
         *kernels: those it launches.
     """
 
     def decorate(function: Callable) -> Callable:
-        plans: dict[tuple, Callable | None] = {}
+        # By key: what replays it, or how many of its recordings could not be.
+        plans: dict[tuple, Callable | int] = {}
 
         @functools.wraps(function)
         def call(*arguments: object) -> object:
             if _watched(kernels) or _NOTES.launches is not None:
                 return function(*arguments)
-            kinds, given = _kinds(arguments)
-            plan = plans.get(kinds, call)
-            if plan is None:
-                return function(*arguments)
-            if plan is not call:
+            key, given = _key(arguments)
+            plan = plans.get(key, 0)
+            if callable(plan):
                 return plan(given)
+            if plan == _MOST_TRIES:
+                return function(*arguments)
             with _Recording() as seen:
                 result = function(*arguments)
             if len(plans) >= _MOST_PLANS:
                 plans.clear()
-            plans[kinds] = _written(seen, given, result)
+            plans[key] = _written(seen, given, result) or plan + 1
+            if plans[key] == _MOST_TRIES:
+                logger.debug("%s is not replayed for calls as %s", function.__name__, key)
             return result
 
         return call

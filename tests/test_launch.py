@@ -2,6 +2,7 @@
 something else may happen.
 """
 
+import collections
 import math
 import threading
 import weakref
@@ -9,6 +10,7 @@ import weakref
 import pytest
 import torch
 from mixed_attention_cases import MASKS, check, inputs
+from torch.utils import _python_dispatch
 
 from croc_kernels import launch as launching
 from croc_kernels.attention import backward, forward, hopper_backward, hopper_forward
@@ -52,6 +54,7 @@ class Kernel:
 
 
 CONSTANTS = {"TWO": 2, "ONE": 1}
+Pair = collections.namedtuple("Pair", "first second")
 
 
 def doubled(kernel, body=None):
@@ -181,10 +184,42 @@ MORE = {
 def test_launch_repeats_a_call_that_does_more(what):
     kernel, calls = Kernel(), []
     function = doubled(kernel, lambda x: (calls.append(1), MORE[what](x)))
-    for _ in range(3):
+    for _ in range(5):
         function(*tensors(8, 8))
-    assert kernel.ways == ["first"] * 3
-    assert len(calls) == 3
+    assert kernel.ways == ["first"] * 5
+    assert len(calls) == 5
+
+
+def test_launch_records_once_more_what_something_else_disturbed():
+    kernel, disturbed = Kernel(), [True, True]
+    function = doubled(kernel, lambda x: disturbed and disturbed.pop() and x.clone())
+    for _ in range(5):
+        function(*tensors(8, 8))
+    assert kernel.ways == ["first"] * 3 + ["again"] * 2
+
+
+def test_launch_recorded_by_threads_at_once_leaves_dynamo_alone():
+    """PyTorch says for the whole process that a dispatch mode is active, and threads that take
+    turns in saying so would leave it said.
+    """
+    names = [name for name in vars(_python_dispatch) if name.startswith("_is_in_")]
+    before = [getattr(_python_dispatch, name) for name in names]
+    both, during = threading.Barrier(2, timeout=60), []
+
+    def body(_x):
+        both.wait()
+        during.append([getattr(_python_dispatch, name) for name in names])
+        both.wait()
+
+    functions = [doubled(Kernel(), body) for _ in range(2)]
+    threads = [threading.Thread(target=f, args=tensors(8, 8)) for f in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert during == [before] * 2
+    assert [getattr(_python_dispatch, name) for name in names] == before
+    assert any("torch_dispatch_mode" in name for name in names)
 
 
 def test_launch_repeats_a_call_with_a_tensor_from_elsewhere():
@@ -199,14 +234,18 @@ def test_launch_repeats_a_call_with_a_tensor_from_elsewhere():
             calls.append(1)
             return body(x)
 
-        for _ in range(3):
+        for _ in range(5):
             function(torch.zeros(3))
-        assert len(calls) == 3
+        assert len(calls) == 5
 
     made_of(lambda x: launch(kernel, (1, 1, 1), (x, ELSEWHERE), CONSTANTS))
     made_of(lambda x: (launch(kernel, (1, 1, 1), (x, 3), CONSTANTS), ELSEWHERE))
     made_of(lambda x: x)
     made_of(lambda x: launch(strange, (1, 1, 1), (x, 3), CONSTANTS))
+    # Its elements could be tensors of that call.
+    made_of(lambda x: launch(kernel, (1, 1, 1), (Pair(x, 3), 3), CONSTANTS))
+    made_of(lambda x: (launch(kernel, (1, 1, 1), (x, 3), CONSTANTS), {"x": x}))
+    made_of(lambda x: launch(kernel, (1, 1, 1), (x, torch.empty(3, requires_grad=True)), CONSTANTS))
 
 
 def test_launch_keeps_no_tensor():
