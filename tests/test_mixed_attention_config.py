@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from croc_kernels.attention import config
+from croc_kernels.attention import config, operands
 
 # Bytes one program may use: CUDA C++ programming guide, table of compute capabilities.
 SHARED = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
@@ -194,18 +194,18 @@ def test_config_zeroes_ahead_for_many_rows_of_two_tiles():
 
 def test_config_tma_takes_what_is_aligned_to_sixteen_bytes():
     packed = torch.empty(2, 300, 12, 64, dtype=torch.bfloat16)
-    assert config.tma_aligned(packed[:, :, 4:8].transpose(1, 2))
-    assert config.tma_aligned(packed[:1, :1, :1].transpose(1, 2))
+    assert operands.tma_aligned(packed[:, :, 4:8].transpose(1, 2))
+    assert operands.tma_aligned(packed[:1, :1, :1].transpose(1, 2))
     odd = torch.empty(2, 300, 4, 65, dtype=torch.bfloat16)
-    assert not config.tma_aligned(odd[..., 1:].transpose(1, 2))
-    assert not config.tma_aligned(packed.flatten()[4:-60].reshape(-1, 64)[None, None])
-    assert not config.tma_aligned(packed[:1].expand(2, -1, -1, -1))
-    assert not config.tma_aligned(torch.empty(1, 1, 64, 300, dtype=torch.bfloat16).mT)
+    assert not operands.tma_aligned(odd[..., 1:].transpose(1, 2))
+    assert not operands.tma_aligned(packed.flatten()[4:-60].reshape(-1, 64)[None, None])
+    assert not operands.tma_aligned(packed[:1].expand(2, -1, -1, -1))
+    assert not operands.tma_aligned(torch.empty(1, 1, 64, 300, dtype=torch.bfloat16).mT)
 
 
 @pytest.mark.parametrize(("scale", "softcap"), [(0.125, 0.0), (0.5, 30.0)])
 def test_config_factors_give_base_two_logits(scale, softcap):
-    inner, outer = config.factors(scale, softcap)
+    inner, outer = operands.factors(scale, softcap)
     score = 7.0
     natural, base_two = scale * score, outer * score
     if softcap:
@@ -219,8 +219,8 @@ def test_config_tf32_follows_torch():
     try:
         for setting in ("tf32", "ieee"):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert config.precision(torch.float32) == setting
-            assert config.precision(torch.bfloat16) == "ieee"
+            assert operands.precision(torch.float32) == setting
+            assert operands.precision(torch.bfloat16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -232,10 +232,10 @@ def test_config_copies_values_only_where_the_compiler_fails(dim):
     rows = torch.empty(1, 2, 40, dim + 16, dtype=torch.bfloat16)
     for first, aligned in ((0, True), (8, True), (1, False), (4, False)):
         v = rows[..., first : first + dim]
-        assert config.known_to_be_aligned(v) == aligned
-        assert config.must_copy_values(90, dim, v) == (split and not aligned)
-        assert not config.must_copy_values(90, dim, v.float()[..., 1:])
-        assert not config.must_copy_values(80, dim, v)
+        assert operands.known_to_be_aligned(v) == aligned
+        assert operands.must_copy_values(90, dim, v) == (split and not aligned)
+        assert not operands.must_copy_values(90, dim, v.float()[..., 1:])
+        assert not operands.must_copy_values(80, dim, v)
     odd = torch.empty(1, 2, 40, dim + 8, dtype=torch.float16)[..., :dim]
-    assert config.tma_aligned(odd)  # its rows begin at multiples of 16 bytes, but of 8 elements
-    assert config.must_copy_values(90, dim, odd) == split
+    assert operands.tma_aligned(odd)  # its rows begin at multiples of 16 bytes, but of 8 elements
+    assert operands.must_copy_values(90, dim, odd) == split

@@ -16,7 +16,7 @@ from mixed_attention_cases import (
     inputs,
 )
 
-from croc_kernels.attention import config
+from croc_kernels.attention import config, operands
 from croc_kernels.attention.api import mixed_attention
 from croc_kernels.attention.mask import MixedMask
 from croc_kernels.testing import assert_within_budget, max_error
@@ -203,7 +203,7 @@ def test_gpu_unaligned_rows(dim, name, first, gap):
     flat = torch.randn(3, 200, 3, dim + gap, device="cuda", dtype=torch.bfloat16)
     views = [x[None, :, :, first : first + dim].transpose(1, 2) for x in flat]
     copies = [x.contiguous() for x in views]
-    assert not any(config.known_to_be_aligned(x) for x in views)
+    assert not any(operands.known_to_be_aligned(x) for x in views)
     for rows in (views, copies, [*copies[:2], views[2]]):
         check(run(mask, deterministic=True), *rows, mask, 1 / math.sqrt(dim))
 
@@ -277,7 +277,7 @@ def test_gpu_gradients_of_strided_and_unaligned_views(dim, deterministic):
     packed = torch.randn(2, 300, 8, dim + 1, device="cuda", dtype=torch.bfloat16)
     for x, aligned in ((packed[..., :dim].contiguous(), True), (packed[..., 1:], False)):
         q, k, v = (x[:, :, a:b].transpose(1, 2) for a, b in ((0, 4), (4, 6), (6, 8)))
-        assert all(config.tma_aligned(y) == aligned for y in (q, k, v))
+        assert all(operands.tma_aligned(y) == aligned for y in (q, k, v))
         check(run(mask, deterministic=deterministic), q, k, v, mask, 1 / math.sqrt(dim))
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from croc_kernels.attention import config, hopper_backward, hopper_forward
+from croc_kernels.attention import config, hopper_backward, hopper_forward, operands
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def launched(monkeypatch):
 
     for name in ("_prepare_kernel", "_mixed_attention_bwd_hopper_kernel", "_finish_kernel"):
         monkeypatch.setattr(hopper_backward, name, Recorder(name.strip("_")))
-    by_sample = config.by_sample
+    by_sample = operands.by_sample
 
     def recorded(*vectors):
         found.append(("bounds", vectors, {}))
@@ -49,7 +49,7 @@ def test_launches_read_one_copy_of_an_output_that_was_moved(launched, num_keys, 
     out = torch.randn(2, 64, num_keys, 128).bfloat16()
     given = out if how == "as it was" else moved(out, how)
     assert torch.equal(given, out)
-    assert config.tma_aligned(given) == (how == "as it was")
+    assert operands.tma_aligned(given) == (how == "as it was")
     lse = torch.randn(2, 64, num_keys)
     row_start, row_end = torch.zeros(2, 2, num_keys, 2, dtype=torch.int32)[..., 0]
     picked = config.pick_hopper_backward(90, 128, q.dtype, num_keys, True, True, planes=128)
@@ -63,7 +63,7 @@ def test_launches_read_one_copy_of_an_output_that_was_moved(launched, num_keys, 
     last = ["finish_kernel"] * (not picked.whole)
     assert names == ["bounds", "prepare_kernel", "mixed_attention_bwd_hopper_kernel", *last]
     read, grad_read, *_ = launched[1][1]
-    assert config.tma_aligned(read)
+    assert operands.tma_aligned(read)
     assert torch.equal(read, out)
     assert (read is given) == (how == "as it was")
     assert grad_read is grad_out

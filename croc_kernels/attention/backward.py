@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import on_device
 from ..launch import launch, replayed
-from . import config
+from . import config, operands
 from .config import LOG2_E
 from .hopper_backward import hopper_bwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
@@ -297,8 +297,8 @@ def _plain_bwd(
     scale: float, softcap: float, precision: str, picked: config.BackwardConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, by the kernel that runs on all chips."""
-    grads = tuple(config.empty_heads_last(x) for x in (q, k, v))
-    bounds, between = config.by_sample(
+    grads = tuple(operands.empty_heads_last(x) for x in (q, k, v))
+    bounds, between = operands.by_sample(
         start, end, row_start, row_end, end if visible_until is None else visible_until
     )
     (batch, heads, length, _), (_, key_heads, num_keys, _) = q.shape, k.shape
@@ -309,9 +309,9 @@ def _plain_bwd(
         _mixed_attention_bwd_kernel, (key_programs + query_programs, 1, 1),
         ((q, k, v, grad_out), (lse, delta), grads, bounds,
          (*(s for x in (q, k, v, grad_out, *grads) for s in x.stride()[:3]), *between),
-         *config.factors(scale, softcap), scale, length, num_keys, key_programs),
+         *operands.factors(scale, softcap), scale, length, num_keys, key_programs),
         {"HAS_UNTIL": visible_until is not None, "HAS_SOFTCAP": softcap != 0.0,
-         "PRECISION": precision, **config.shape_constants(q, k), **picked.constants()},
+         "PRECISION": precision, **operands.shape_constants(q, k), **picked.constants()},
         num_warps=picked.num_warps, num_stages=picked.num_stages,
     )  # fmt: skip
     return grads
@@ -326,10 +326,10 @@ def mixed_attention_bwd(
     """Op ``mixed_attention_bwd`` on CUDA: gradients of q, k and v."""
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    arch, dim = config.arch_of(q), q.shape[3]
+    arch, dim = operands.arch_of(q), q.shape[3]
     if k.numel() == 0 or q.numel() == 0:
-        return tuple(config.empty_heads_last(x).zero_() for x in (q, k, v))
-    aligned = all(config.tma_aligned(x) for x in (q, k, v, grad_out))
+        return tuple(operands.empty_heads_last(x).zero_() for x in (q, k, v))
+    aligned = all(operands.tma_aligned(x) for x in (q, k, v, grad_out))
     plain_scores = visible_until is None and softcap == 0.0
     hopper = config.pick_hopper_backward(
         arch, dim, q.dtype, k.shape[2], plain_scores, aligned,
@@ -344,5 +344,5 @@ def mixed_attention_bwd(
         picked = config.pick_backward(arch, dim, q.dtype, q.shape[2])
         return _plain_bwd(
             grad_out, grad_lse, q, k, v, out, lse, start, end, row_start, row_end, visible_until,
-            scale, softcap, config.precision(q.dtype), picked,
+            scale, softcap, operands.precision(q.dtype), picked,
         )  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import on_device
 from ..launch import launch, replayed
-from . import config
+from . import config, operands
 from .hopper_forward import hopper_fwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
 
@@ -119,16 +119,17 @@ def _plain_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and base-2 log-sum-exp, by the kernel that runs on all chips."""
     batch, heads, length, _ = q.shape
-    out = config.empty_heads_last(q)
+    out = operands.empty_heads_last(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
-    bounds, between = config.by_sample(start, end, end if visible_until is None else visible_until)
+    until = end if visible_until is None else visible_until
+    bounds, between = operands.by_sample(start, end, until)
     launch(
         _mixed_attention_fwd_kernel, (triton.cdiv(length, picked.block_m) * batch * heads, 1, 1),
         (q, k, v, out, lse, bounds,
          (*(s for x in (q, k, v, out) for s in x.stride()[:3]), *between),
-         *config.factors(scale, softcap), length, k.shape[2]),
+         *operands.factors(scale, softcap), length, k.shape[2]),
         {"HAS_UNTIL": visible_until is not None, "HAS_SOFTCAP": softcap != 0.0,
-         "PRECISION": precision, **config.shape_constants(q, k), **picked.constants()},
+         "PRECISION": precision, **operands.shape_constants(q, k), **picked.constants()},
         num_warps=picked.num_warps, num_stages=picked.num_stages,
     )  # fmt: skip
     return out, lse
@@ -141,16 +142,16 @@ def mixed_attention_fwd(
     """Op ``mixed_attention_fwd`` on CUDA: (B, H, Lq, D) output, (B, H, Lq) base-2 log-sum-exp."""
     length, dim = q.shape[2:]
     if q.numel() == 0:
-        return config.empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    arch = config.arch_of(q)
-    aligned = k.numel() > 0 and all(config.tma_aligned(x) for x in (q, k, v))
+        return operands.empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    arch = operands.arch_of(q)
+    aligned = k.numel() > 0 and all(operands.tma_aligned(x) for x in (q, k, v))
     plain_scores = visible_until is None and softcap == 0.0
     hopper = config.pick_hopper_forward(arch, dim, q.dtype, length, plain_scores, aligned)
     with on_device(q):
         if hopper is not None:
             return hopper_fwd(q, k, v, start, end, scale, hopper)
-        if config.must_copy_values(arch, dim, v):
+        if operands.must_copy_values(arch, dim, v):
             v = v.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
         picked = config.pick_forward(arch, dim, q.dtype, length)
-        precision = config.precision(q.dtype)
+        precision = operands.precision(q.dtype)
         return _plain_fwd(q, k, v, start, end, visible_until, scale, softcap, precision, picked)

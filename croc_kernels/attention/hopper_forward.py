@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..backend import multiprocessors
 from ..launch import launch, replayed
-from .config import LOG2_E, HopperForwardConfig, by_sample, empty_heads_last
+from .config import LOG2_E, HopperForwardConfig
 from .hopper import barrier, of_sample, tile_descriptor, tma_store
 from .hopper_forward_loads import given, item_of, produce
 from .hopper_softmax import (
@@ -38,6 +38,7 @@ from .hopper_softmax import (
     weigh,
     weigh_again,
 )
+from .operands import by_sample, empty_heads_last
 
 
 @gluon.jit
