@@ -19,15 +19,17 @@ from triton import knobs
 
 from .backend import logger
 
-# Of one function. Each new length is one, of some 8 to 18 kB.
+# Of one function. Each new length is one.
 _MOST_PLANS = 1024
 # How often a call of a kind is recorded that does more than can be replayed: something else may
 # have happened meanwhile, a finaliser or somebody's hook.
 _MOST_TRIES = 3
 _PLAIN = (bool, int, float, str, type(None))
-_EMPTY = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default)
+_EMPTY = (
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+)  # fmt: skip
 _ZEROS = torch.ops.aten.zeros.default
-_DETACH = torch.ops.aten.detach.default
 
 
 class _Notes(threading.local):
@@ -97,12 +99,20 @@ class _Recording(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if (func in _EMPTY or func is _ZEROS) and not (kwargs or {}).get("pin_memory"):
             self.made.append((func, result))
-        elif func is _DETACH and self.made and args[0] is self.made[-1][1]:
-            # PyTorch hands out an alias of an allocation that somebody else, this list, holds too.
+        elif self._is_last_made(func, args[0] if args else None):
             self.made[-1] = (self.made[-1][0], result)
         else:
             self.complete = False
         return result
+
+    def _is_last_made(self, func: Callable, x: object) -> bool:
+        """Whether this gives the last allocation under another name, and another layout if empty:
+        PyTorch hands out an alias of what somebody else, this list, holds too.
+        """
+        if not self.made or x is not self.made[-1][1]:
+            return False
+        turned = func is torch.ops.aten.transpose.int and self.made[-1][0] is not _ZEROS
+        return turned or func is torch.ops.aten.detach.default
 
 
 def _like(kind: type, alike: dict[str, object], base: Tensor) -> object:
@@ -140,11 +150,11 @@ class _Writer:
         raise KeyError(type(x))
 
     def allocate(self, func: object, x: Tensor) -> None:
+        if x.requires_grad:
+            raise KeyError("requires_grad")
         strides = "" if func is _ZEROS else f"{self.name(x.stride())}, "
         name = "zeros" if func is _ZEROS else "empty_strided"
         shape, dtype, device = (self.name(y) for y in (tuple(x.shape), x.dtype, x.device))
-        if x.requires_grad:
-            raise KeyError("requires_grad")
         self.places[id(x)] = place = f"made{len(self.lines)}"
         self.lines.append(
             f"{place} = torch.{name}({shape}, {strides}dtype={dtype}, device={device})"
@@ -174,7 +184,7 @@ def _written(
     seen: _Recording, given: list[Tensor], result: object
 ) -> Callable[[list[Tensor]], object] | None:
     """The recording as a function, None if it is not all that the call did."""
-    compiled = [launch[0] for launch in seen.launches]
+    compiled = [launched[0] for launched in seen.launches]
     if not seen.complete or not compiled or None in compiled:
         return None
     writer = _Writer(given)

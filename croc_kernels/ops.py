@@ -38,22 +38,22 @@ def _define(schema: str, triton: str, cpu: str, fake: Callable) -> Callable:
 # --- attention ---------------------------------------------------------------------------------
 
 
-def _empty_like_heads(q: Tensor, length: int, heads: int, dim: int) -> Tensor:
+def empty_heads_last(like: Tensor) -> Tensor:
     """(B, H, L, D) view of a (B, L, H, D) allocation: model code transposes back to it for free."""
-    return q.new_empty((q.shape[0], length, heads, dim)).transpose(1, 2)
+    batch, heads, length, dim = like.shape
+    return like.new_empty((batch, length, heads, dim)).transpose(1, 2)
 
 
 def _mixed_attention_fwd_fake(q, k, v, start, end, visible_until, scale, softcap):
-    out = _empty_like_heads(q, q.shape[2], q.shape[1], v.shape[3])
     precision = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty(q.shape[:3], dtype=precision)
+    return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=precision)
 
 
 def _mixed_attention_bwd_fake(
     grad_out, grad_lse, q, k, v, out, lse, start, end, row_start, row_end, visible_until,
     scale, softcap, deterministic,
 ):  # fmt: skip
-    return tuple(_empty_like_heads(x, x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v))
+    return tuple(empty_heads_last(x) for x in (q, k, v))
 
 
 # The second result is the log-sum-exp of each row to base 2; grad_lse is its gradient.

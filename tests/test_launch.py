@@ -13,6 +13,7 @@ from mixed_attention_cases import MASKS, check, inputs
 from torch.utils import _python_dispatch
 
 from croc_kernels import launch as launching
+from croc_kernels import ops
 from croc_kernels.attention import backward, forward, hopper_backward, hopper_forward
 from croc_kernels.attention.api import mixed_attention
 from croc_kernels.launch import launch, replayed
@@ -381,6 +382,25 @@ def test_launch_records_what_its_own_thread_launches_and_all_of_it():
     assert (how, grid) == ("again", (3, 1, 1))
     assert arguments[0] is x
     assert arguments[1][0] is y
+
+
+def test_launch_again_with_an_allocation_that_was_turned():
+    """Laid out as it was handed over; what lies in zeros must stay in order, so these are not."""
+    kernel = Kernel()
+
+    def made_by(allocate):
+        @replayed(kernel)
+        def function(x):
+            made = allocate(x)
+            launch(kernel, (1, 1, 1), (x, made), CONSTANTS)
+            return made
+
+        results = [function(torch.zeros(2, 3, 4, 5)) for _ in range(2)]
+        assert len({(x.shape, x.stride(), x.dtype) for x in results}) == 1
+        return kernel.ways
+
+    assert made_by(ops.empty_heads_last) == ["first", "again"]
+    assert made_by(lambda x: torch.zeros(3, 4).T) == ["first", "first"]
 
 
 @pytest.mark.parametrize("more", [False, True])

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backend import on_device
 from ..launch import launch, replayed
+from ..ops import empty_heads_last
 from . import config, operands
 from .config import LOG2_E
 from .hopper_backward import hopper_bwd
@@ -297,7 +298,7 @@ def _plain_bwd(
     scale: float, softcap: float, precision: str, picked: config.BackwardConfig,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, by the kernel that runs on all chips."""
-    grads = tuple(operands.empty_heads_last(x) for x in (q, k, v))
+    grads = tuple(empty_heads_last(x) for x in (q, k, v))
     bounds, between = operands.by_sample(
         start, end, row_start, row_end, end if visible_until is None else visible_until
     )
@@ -328,7 +329,7 @@ def mixed_attention_bwd(
         grad_out = grad_out.contiguous()
     arch, dim = operands.arch_of(q), q.shape[3]
     if k.numel() == 0 or q.numel() == 0:
-        return tuple(operands.empty_heads_last(x).zero_() for x in (q, k, v))
+        return tuple(empty_heads_last(x).zero_() for x in (q, k, v))
     aligned = all(operands.tma_aligned(x) for x in (q, k, v, grad_out))
     plain_scores = visible_until is None and softcap == 0.0
     hopper = config.pick_hopper_backward(

@@ -253,18 +253,24 @@ HOPPER_EARLY = HOPPER_AHEAD | {(64, False): 1024, (256, False): 512, (256, True)
 # The same for ``late``, and from how many keys on in order. Measured on an H200.
 HOPPER_LATE = {(64, False): (1024, 2 * HOPPER_LONG[1])}
 # Statistics ahead at D = 128, by whether in order and whether heads share keys: from how many keys
-# on, how many sections ahead, key heads of a section. Measured on an H100, the last on an H200.
+# on, with how many programs at least, how many sections ahead, key heads of a section. Measured on
+# an H100, the last on an H200.
 HOPPER_STATISTICS = {
     (False, False): (
-        (576, 3, 8), (768, 4, 4), (1024, 2, 8), (1536, 2, 4), (HOPPER_LONG[1], 2, 2),
+        (576, 512, 3, 8), (768, 320, 4, 4), (1024, 320, 2, 8), (1536, 320, 2, 4),
+        (HOPPER_LONG[1], 320, 2, 2),
     ),
-    (False, True): ((1024, 2, 8), (HOPPER_LONG[1], 2, 4), (2 * HOPPER_LONG[1], 2, 2)),
-    (True, False): ((512, 4, 8), (576, 3, 8), (1024, 2, 8), (HOPPER_LONG[1], 2, 4), (6144, 2, 2)),
-    (True, True): ((512, 4, 8), (576, 3, 8), (1024, 4, 4), (HOPPER_LONG[1], 3, 1)),
+    (False, True): (
+        (1024, 320, 2, 8), (HOPPER_LONG[1], 320, 2, 4), (2 * HOPPER_LONG[1], 320, 2, 2),
+    ),
+    (True, False): (
+        (512, 512, 4, 8), (576, 512, 3, 8), (1024, 512, 2, 8), (HOPPER_LONG[1], 512, 2, 4),
+        (2 * HOPPER_LONG[1], 512, 2, 2),
+    ),
+    (True, True): (
+        (512, 160, 4, 8), (576, 160, 3, 8), (1024, 160, 4, 4), (HOPPER_LONG[1], 160, 3, 1),
+    ),
 }  # fmt: skip
-# Not with fewer programs, but that not in order so many fewer gained from so many keys on, and in
-# order with shared heads still fewer.
-HOPPER_STATISTICS_PROGRAMS = (512, 320, 768, 160)
 # So many programs of two tiles of keys each have zeros ahead.
 HOPPER_MANY_PROGRAMS = 2048
 
@@ -273,19 +279,18 @@ def _statistics(
     dim: int, num_keys: int, programs: int, group: int, ordered: bool
 ) -> tuple[int, int] | None:
     """Sections that are prepared ahead and key heads of each, None to leave it."""
-    many, few, long, fewest = HOPPER_STATISTICS_PROGRAMS
-    least = few if not ordered and num_keys >= long else fewest if ordered and group > 1 else many
-    if dim != 128 or programs < least:
+    found = [row for row in HOPPER_STATISTICS[ordered, group > 1] if num_keys >= row[0]]
+    if dim != 128 or not found or programs < found[-1][1]:
         return None
-    found = [row[1:] for row in HOPPER_STATISTICS[ordered, group > 1] if num_keys >= row[0]]
-    return found[-1] if found else None
+    return found[-1][2:]
 
 
 def _backward_section(dim: int, num_keys: int, group: int, ordered: bool, ahead: bool) -> int:
     """Key heads whose tiles are dealt out together. Measured on an H100, docs/attention_trials.md.
     In order, more heads at a time also wait for more: 4 lost 4 % at 8192 keys with shared heads, 2
     lost 4 % with D = 256. Zeroing ahead, 16 lost 1 to 4 % against 8, but 8 lose where a head has
-    fewer than 4 tiles: there is no time to zero the next section in. With D = 256 16 lost 2 to 6 %.
+    fewer than 4 tiles: there is no time to zero the next section in. With D = 256 16 lost 2 to 6 %
+    on an H200.
     """
     if ordered and dim == 256:
         return 1

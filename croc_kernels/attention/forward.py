@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backend import on_device
 from ..launch import launch, replayed
+from ..ops import empty_heads_last
 from . import config, operands
 from .hopper_forward import hopper_fwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
@@ -119,7 +120,7 @@ def _plain_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and base-2 log-sum-exp, by the kernel that runs on all chips."""
     batch, heads, length, _ = q.shape
-    out = operands.empty_heads_last(q)
+    out = empty_heads_last(q)
     lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q.device)
     until = end if visible_until is None else visible_until
     bounds, between = operands.by_sample(start, end, until)
@@ -142,7 +143,7 @@ def mixed_attention_fwd(
     """Op ``mixed_attention_fwd`` on CUDA: (B, H, Lq, D) output, (B, H, Lq) base-2 log-sum-exp."""
     length, dim = q.shape[2:]
     if q.numel() == 0:
-        return operands.empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     arch = operands.arch_of(q)
     aligned = k.numel() > 0 and all(operands.tma_aligned(x) for x in (q, k, v))
     plain_scores = visible_until is None and softcap == 0.0

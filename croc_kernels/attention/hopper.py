@@ -29,7 +29,6 @@ tma_add = getattr(tma, "async_atomic_add", None) or _tma_add
 # Its name since triton 3.9.
 _PUBLIC: gl.constexpr = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
-# Made once: a launch is short enough for the host to notice.
 _TILES = gl.NVMMASharedLayout(128, 16, 4)
 
 

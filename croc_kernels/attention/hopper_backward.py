@@ -8,13 +8,14 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..launch import launch, replayed
+from ..ops import empty_heads_last
 from .config import LOG2_E, HopperBackwardConfig
 from .hopper import TensorDescriptor, tile_descriptor
 from .hopper_backward_kernel import _mixed_attention_bwd_hopper_kernel
-from .operands import by_sample, empty_heads_last, tma_aligned
+from .operands import by_sample, tma_aligned
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
-# Made once: a launch is short enough for the host to notice.
+# Of statistics, and of dQ's sums.
 _STATISTICS = gl.NVMMASharedLayout(0, 32, 2)
 # Rows of O, and of dO, in a piece that spare warps bring.
 PIECE = 16

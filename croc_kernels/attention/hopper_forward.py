@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..backend import multiprocessors
 from ..launch import launch, replayed
+from ..ops import empty_heads_last
 from .config import LOG2_E, HopperForwardConfig
 from .hopper import barrier, of_sample, tile_descriptor, tma_store
 from .hopper_forward_loads import given, item_of, produce
@@ -38,7 +39,7 @@ from .hopper_softmax import (
     weigh,
     weigh_again,
 )
-from .operands import by_sample, empty_heads_last
+from .operands import by_sample
 
 
 @gluon.jit

@@ -42,13 +42,6 @@ def arch_of(tensor: Tensor) -> int:
     return 0 if interpreted() else capability(tensor.device.index)
 
 
-def empty_heads_last(like: Tensor) -> Tensor:
-    """(B, H, L, D) laid out as (B, L, H, D)."""
-    _, heads, length, dim = like.shape
-    strides = (length * heads * dim, dim, heads * dim, 1)
-    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
-
-
 def by_sample(*vectors: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """(B, L) vectors of a mask as kernels read them, neighbours side by side, and the distance from
     sample to sample: views into one tensor, and one row expanded to all samples, are not copied.
