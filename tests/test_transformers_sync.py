@@ -70,6 +70,23 @@ def stage(attachment, inputs, output, hidden):
         attachment.step = None
 
 
+@pytest.mark.parametrize("given", [FakeTensorMode, pytest.param(None, marks=pytest.mark.gpu)])
+def test_image_sizes_are_on_the_host_before_the_first_kernel(given):
+    case = zoo.CASES["llava_next"]
+    model = case.model().train()
+    croc.attach(model, "croc", pool_size=24)
+    attachment = model._croc_attachment
+    with given() if given else contextlib.nullcontext():
+        sizes = torch.ones(2, 2, dtype=torch.int64, device="cuda")
+        kept = attachment._begin(
+            (), {"pixel_values": sizes, "input_ids": sizes, "image_sizes": sizes}
+        )
+    attachment.step = None
+    assert sizes.device.type == "cuda"
+    assert kept["image_sizes"].device.type == "cpu"
+    assert kept["pixel_values"] is sizes
+
+
 @pytest.mark.parametrize("recipe", ["croc", "croc-released", "victor"])
 @pytest.mark.parametrize("name", ["llava", pytest.param("gemma3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", DEVICES)

@@ -121,8 +121,9 @@ class Newlines:
 
 
 def host_sizes(image_sizes: Any) -> list[list[int]]:
-    """Image sizes as host integers: one transfer where transformers' own code makes several per
-    image.
+    """Image sizes as integers. They are on the host by now, unless somebody packs features outside
+    of forward or names them by position: then it is one transfer, where transformers makes several
+    per image.
     """
     if isinstance(image_sizes, Tensor):
         return image_sizes.tolist()

@@ -103,6 +103,10 @@ class Attachment:
             inputs["past_key_values"] = given.get("cache")
         self.step = _Step(inputs, kwargs.get("num_masked_in_batch"))
         kept = {name: value for name, value in kwargs.items() if name not in _RECIPE_INPUTS}
+        if isinstance(kept.get("image_sizes"), Tensor):
+            # transformers reads them image by image, behind the projector too: once, before any
+            # kernel of this step.
+            kept["image_sizes"] = kept["image_sizes"].cpu()
         if self.model.training and given.get("labels") is not None:
             # No step needs a cache, and with one transformers does not look for packed documents.
             kept.setdefault("use_cache", False)
