@@ -24,7 +24,8 @@ ENDLESS_SECONDS = 2.0  # calls above it are run once more, and their count says 
 FLUSH_BYTES = 256 << 20  # several times the largest L2 (H200: 60 MB)
 # Longer calls hide their launches, and a graph would keep all their memory.
 CAPTURE_SECONDS = 20e-3
-HOST_ROUNDS = 10
+HOST_SECONDS = 0.02  # of rounds in which a call's time on the host is measured
+MIN_HOST_ROUNDS = 10
 
 
 class CudaMark:
@@ -179,7 +180,8 @@ def _on_cuda(
     before = torch.cuda.memory_allocated(device)
     call()
     peak = torch.cuda.max_memory_allocated(device) - before
-    rounds = HOST_ROUNDS if estimate <= SLOW_SECONDS else 1
+    rounds = min(MAX_ROUNDS, max(MIN_HOST_ROUNDS, math.ceil(HOST_SECONDS / max(estimate, 1e-6))))
+    rounds = rounds if estimate <= SLOW_SECONDS else 1
     host = host_seconds(call, device, rounds)
     row = {"peak_bytes": peak, "host_us": host * 1e6, "timing": "eager", "uncaptured": None}
     if estimate > CAPTURE_SECONDS:

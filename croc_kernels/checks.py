@@ -48,7 +48,7 @@ def check_shape(
     function: str, argument: str, tensor: Tensor, shape: Sequence[int], layout: str
 ) -> None:
     """Raise ValueError unless the tensor has exactly ``shape``."""
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != tuple(shape):
         raise ValueError(
             f"{function}: {argument} must be {layout} = {tuple(shape)}, got {tuple(tensor.shape)}"
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 from triton import knobs
 
-from .backend import logger
+from .backend import logger, on_device
 
 # Of one function. Each new length is one.
 _MOST_PLANS = 1024
@@ -115,18 +115,14 @@ class _Recording(TorchDispatchMode):
         return turned or func is torch.ops.aten.detach.default
 
 
-def _like(kind: type, alike: dict[str, object], base: Tensor) -> object:
-    """A descriptor of another tensor, without its checks."""
-    made = object.__new__(kind)
-    made.__dict__ = {**alike, "base": base}
-    return made
-
-
 class _Writer:
     """A recording as the source of a function: each tensor by its place, all else by a name."""
 
     def __init__(self, given: Iterable[Tensor]) -> None:
-        self.names: dict[str, object] = {"__name__": __name__, "torch": torch}
+        self.names: dict[str, object] = {
+            "__name__": __name__, "torch": torch, "new": object.__new__
+        }  # fmt: skip
+        # Of tensors and descriptors, all of which the recording holds.
         self.places = {id(x): f"given[{i}]" for i, x in enumerate(given)}
         self.lines: list[str] = []
 
@@ -142,12 +138,21 @@ class _Writer:
         if type(x) in (tuple, list):
             return f"({''.join(self.expression(y) + ', ' for y in x)})"
         if hasattr(x, "block_shape"):
-            alike = {f.name: getattr(x, f.name) for f in dataclasses.fields(x) if f.name != "base"}
-            like = functools.partial(_like, type(x), alike)
-            return f"{self.name(like)}({self.places[id(x.base)]})"
+            return self.places.get(id(x)) or self.describe(x)
         if type(x) in _PLAIN:
             return self.name(x)
         raise KeyError(type(x))
+
+    def describe(self, x: object) -> str:
+        """A descriptor of another tensor, without its checks."""
+        base = self.places[id(x.base)]
+        alike = [f.name for f in dataclasses.fields(x) if f.name != "base"]
+        listed = "".join(f", {name!r}: {self.name(getattr(x, name))}" for name in alike)
+        self.places[id(x)] = place = f"tiles{len(self.lines)}"
+        self.lines += [
+            f"{place} = new({self.name(type(x))})", f'{place}.__dict__ = {{"base": {base}{listed}}}'
+        ]  # fmt: skip
+        return place
 
     def allocate(self, func: object, x: Tensor) -> None:
         if x.requires_grad:
@@ -228,9 +233,10 @@ def _watched(kernels: tuple[object, ...]) -> bool:
 def replayed(*kernels: object) -> Callable[[Callable], Callable]:
     """Decorator: from the second call of a kind on, only what the first one allocated and launched.
 
-    The function takes tensors of one device, the current one, and hashable arguments, on which all
-    that it does depends, and returns tensors. Where it does more than allocate and launch through
-    :func:`launch`, a copy for example, every call of that kind is made as without this.
+    The function takes tensors of one device, first one of them, and hashable arguments, on which
+    all that it does depends, and returns tensors. It is called with that device as the current one.
+    Where it does more than allocate and launch through :func:`launch`, a copy for example, every
+    call of that kind is made as without this.
 
     Args:
         *kernels: those it launches.
@@ -240,24 +246,28 @@ def replayed(*kernels: object) -> Callable[[Callable], Callable]:
         # By key: what replays it, or how many of its recordings could not be.
         plans: dict[tuple, Callable | int] = {}
 
-        @functools.wraps(function)
-        def call(*arguments: object) -> object:
-            if _watched(kernels) or _NOTES.launches is not None:
-                return function(*arguments)
-            key, given = _key(arguments)
-            plan = plans.get(key, 0)
-            if callable(plan):
-                return plan(given)
-            if plan == _MOST_TRIES:
-                return function(*arguments)
+        def record(key: tuple, given: list[Tensor], arguments: tuple, tries: int) -> object:
             with _Recording() as seen:
                 result = function(*arguments)
             if len(plans) >= _MOST_PLANS:
                 plans.clear()
-            plans[key] = _written(seen, given, result) or plan + 1
-            if plans[key] == _MOST_TRIES:
+            plans[key] = plan = _written(seen, given, result) or tries + 1
+            if plan == _MOST_TRIES:
                 logger.debug("%s is not replayed for calls as %s", function.__name__, key)
             return result
+
+        @functools.wraps(function)
+        def call(*arguments: object) -> object:
+            with on_device(arguments[0]):
+                if _watched(kernels) or _NOTES.launches is not None:
+                    return function(*arguments)
+                key, given = _key(arguments)
+                plan = plans.get(key, 0)
+                if callable(plan):
+                    return plan(given)
+                if plan == _MOST_TRIES:
+                    return function(*arguments)
+                return record(key, given, arguments, plan)
 
         return call
 

@@ -9,6 +9,7 @@ Ops are not differentiable by themselves: each operator's ``api.py`` wraps the p
 backward ops in a ``torch.autograd.Function``, which ``torch.compile(fullgraph=True)`` traces.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -20,14 +21,19 @@ from .backend import uses_triton
 _LIB = torch.library.Library("croc_kernels", "FRAGMENT")
 
 
+@functools.cache
+def _found(implementation: str) -> Callable:
+    module, function = implementation.split(":")
+    return getattr(importlib.import_module(module, __package__), function)
+
+
 def _define(schema: str, triton: str, cpu: str, fake: Callable) -> Callable:
     """Define an op; implementations are ``"module:function"`` names in here. Return its handle."""
     name = schema.split("(", 1)[0]
     _LIB.define(schema)
 
     def run(first: Tensor, *args: object) -> object:
-        module, function = (triton if uses_triton(first) else cpu).split(":")
-        return getattr(importlib.import_module(module, __package__), function)(first, *args)
+        return _found(triton if uses_triton(first) else cpu)(first, *args)
 
     for key in ("CPU", "CUDA"):
         _LIB.impl(name, run, key)
@@ -172,10 +178,9 @@ def _define_waiting(schema: str, function: str, fake: Callable) -> Callable:
     """An op whose one implementation waits for the device, which graph capture has to know."""
     name = schema.split("(", 1)[0]
     _LIB.define(schema, tags=(torch.Tag.cudagraph_unsafe,))
-    module, attribute = function.split(":")
 
     def run(*args: object) -> object:
-        return getattr(importlib.import_module(module, __package__), attribute)(*args)
+        return _found(function)(*args)
 
     for key in ("CPU", "CUDA"):
         _LIB.impl(name, run, key)

@@ -274,15 +274,17 @@ def test_launch_again_with_descriptors_of_the_tensors_of_the_call():
     def function(x):
         made = torch.empty(x.shape, dtype=x.dtype)
         tiles = hopper.tile_descriptor(x, 64), hopper.tile_descriptor(made, 32, 64)
-        launch(kernel, (1, 1, 1), tiles, CONSTANTS)
+        launch(kernel, (1, 1, 1), (*tiles, tiles[0], None), CONSTANTS)
         return made
 
     seen = []
     for _ in range(3):
         x = torch.zeros(2, 3, 64, 128, dtype=torch.bfloat16)
         made = function(x)
-        first, second = kernel.log[-1][2][:2]
+        first, second, third, nothing = kernel.log[-1][2][:4]
         assert first.base is x
+        assert third is first
+        assert nothing is None
         assert second.base.data_ptr() == made.data_ptr()
         seen.append([{**vars(d), "base": None} for d in (first, second)])
         assert type(first) is type(hopper.tile_descriptor(x, 64))
@@ -382,6 +384,46 @@ def test_launch_records_what_its_own_thread_launches_and_all_of_it():
     assert (how, grid) == ("again", (3, 1, 1))
     assert arguments[0] is x
     assert arguments[1][0] is y
+
+
+@pytest.mark.parametrize(
+    ("first", "after"), [("whole", ["first", "again", "again"]), ("more", ["again"] * 3)]
+)
+def test_launch_recorded_by_two_threads_at_once(first, after):
+    """One of the recordings can be replayed; whichever ends last, calls go on."""
+    kernel = Kernel()
+    within, done = threading.Barrier(2), threading.Event()
+
+    def body(x):
+        name = threading.current_thread().name
+        if name not in ("whole", "more"):
+            return
+        within.wait(10)
+        if name == "more":
+            x.add_(1)
+        if name != first:
+            assert done.wait(10)
+
+    function = doubled(kernel, body)
+    failed = []
+
+    def call():
+        try:
+            function(*tensors(3))
+        except Exception as error:
+            failed.append(error)
+        if threading.current_thread().name == first:
+            done.set()
+
+    threads = [threading.Thread(target=call, name=name) for name in ("whole", "more")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    for _ in range(3):
+        function(*tensors(3))
+    assert kernel.ways[2:] == after
 
 
 def test_launch_again_with_an_allocation_that_was_turned():

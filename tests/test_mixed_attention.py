@@ -11,6 +11,7 @@ import pytest
 import torch
 from mixed_attention_cases import MASKS, check, gradients, inputs
 from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from croc_kernels import ops
@@ -167,6 +168,30 @@ def test_mixed_attention_gradient_through_lse_alone():
     want = torch.autograd.grad(exact.sum(), (q, k), allow_unused=True)
     torch.testing.assert_close(got[:2], want, rtol=1e-12, atol=1e-14)
     assert bool((got[2] == 0).all())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_mixed_attention_refuses_forward_mode(grad):
+    """Also where no gradient is wanted and autograd is left out, which would drop the tangent."""
+    mask = MASKS["visual"](1, 30, "cpu")
+    q, k, v = (x.detach() for x in inputs(mask, 2, 2, 16, torch.float64))
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            mixed_attention(dual, k, v, mask)
+
+
+def test_mixed_attention_without_a_gradient_is_the_same():
+    mask = MASKS["visual"](1, 30, "cpu")
+    leaves = inputs(mask, 2, 2, 16, torch.float32)
+    want = mixed_attention(*leaves, mask, return_lse=True)
+    detached = mixed_attention(*(x.detach() for x in leaves), mask, return_lse=True)
+    with torch.no_grad():
+        without = mixed_attention(*leaves, mask, return_lse=True)
+    for results in (detached, without):
+        assert all(torch.equal(x, y) for x, y in zip(results, want, strict=True))
+        assert not any(x.requires_grad for x in results)
+    assert all(x.requires_grad for x in want)
 
 
 def test_mixed_attention_takes_any_strides():

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backend as backends
 from .. import checks, ops
@@ -44,27 +45,26 @@ class _MixedAttention(torch.autograd.Function):
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: MixedMask) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.check_tensor(_NAME, name, tensor)
-        checks.check_dtype(_NAME, name, tensor, checks.FLOATS)
+    checks.check_dtype(_NAME, "q", q, checks.FLOATS)
     checks.check_rank(_NAME, "q", q, "(B, H, Lq, D)", (4,))
     checks.check_rank(_NAME, "k", k, "(B, Hkv, Lk, D)", (4,))
     checks.check_same(_NAME, "k", k, "q", q)
     checks.check_same(_NAME, "v", v, "q", q)
-    layout = (q.shape[0], k.shape[1], k.shape[2], q.shape[3])
+    (batch, heads, length, dim), (_, key_heads, num_keys, _) = q.shape, k.shape
+    layout = (batch, key_heads, num_keys, dim)
     checks.check_shape(_NAME, "k", k, layout, "(B, Hkv, Lk, D)")
     checks.check_shape(_NAME, "v", v, layout, "(B, Hkv, Lk, D)")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if key_heads == 0 or heads % key_heads:
         raise ValueError(
-            f"{_NAME}: H must be a multiple of Hkv, got H = {q.shape[1]} and Hkv = {k.shape[1]}"
+            f"{_NAME}: H must be a multiple of Hkv, got H = {heads} and Hkv = {key_heads}"
         )
-    if q.shape[3] == 0:
+    if dim == 0:
         raise ValueError(f"{_NAME}: D must be at least 1, got 0")
     if not isinstance(mask, MixedMask):
         raise TypeError(f"{_NAME}: mask must be a MixedMask, got {type(mask).__name__}")
     for name, got, want in (
-        ("B", mask.batch, q.shape[0]),
-        ("Lq", mask.num_queries, q.shape[2]),
-        ("Lk", mask.num_keys, k.shape[2]),
-    ):
+        ("B", mask.batch, batch), ("Lq", mask.num_queries, length), ("Lk", mask.num_keys, num_keys),
+    ):  # fmt: skip
         if got != want:
             raise ValueError(f"{_NAME}: mask must be made for {name} = {want}, got {got}")
     checks.check_device(_NAME, "mask", mask.start, "q", q)
@@ -155,11 +155,18 @@ def mixed_attention(
         backends.log_choice(_NAME, chosen, f"{device} tensors")
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        out, lse = _MixedAttention.apply(
-            q, k, v, mask.start, mask.end, mask.row_start, mask.row_end, mask.visible_until,
-            scale, softcap, deterministic,
-        )  # fmt: skip
+        q, k, v = [x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)]
+        # Autograd keeps the host longer than all else here.
+        wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if wanted or forward_ad._current_level >= 0:
+            out, lse = _MixedAttention.apply(
+                q, k, v, mask.start, mask.end, mask.row_start, mask.row_end, mask.visible_until,
+                scale, softcap, deterministic,
+            )  # fmt: skip
+        else:
+            out, lse = ops.mixed_attention_fwd(
+                q, k, v, mask.start, mask.end, mask.visible_until, scale, softcap
+            )
         # The ops keep it to base 2, as the kernels exponentiate: a change of base in between would
         # round away what large logits need.
         lse = lse * LN_2 if return_lse else lse

@@ -1,16 +1,17 @@
 """Backward kernels of mixed attention. The mathematics is in reference.py."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import on_device
 from ..launch import launch, replayed
 from ..ops import empty_heads_last
 from . import config, operands
 from .config import LOG2_E
-from .hopper_backward import hopper_bwd
+from .hopper_backward import KERNELS, hopper_bwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
 
 _LOG2_E: tl.constexpr = tl.constexpr(LOG2_E)
@@ -290,7 +291,6 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     return delta
 
 
-@replayed(_delta_kernel, _mixed_attention_bwd_kernel)
 def _plain_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, start: Tensor, end: Tensor,
@@ -318,6 +318,33 @@ def _plain_bwd(
     return grads
 
 
+@replayed(_delta_kernel, _mixed_attention_bwd_kernel, *KERNELS)
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    out: Tensor, lse: Tensor, start: Tensor, end: Tensor,
+    row_start: Tensor, row_end: Tensor, visible_until: Tensor | None,
+    scale: float, softcap: float, deterministic: bool, precision: str, pick_hopper: Callable,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    if k.numel() == 0 or q.numel() == 0:
+        return tuple(empty_heads_last(x).zero_() for x in (q, k, v))
+    arch, dim = operands.arch_of(q), q.shape[3]
+    aligned = all(operands.tma_aligned(x) for x in (q, k, v, grad_out))
+    plain_scores = visible_until is None and softcap == 0.0
+    hopper = pick_hopper(
+        arch, dim, q.dtype, k.shape[2], plain_scores, aligned,
+        planes=k.shape[0] * k.shape[1], group=q.shape[1] // k.shape[1], ordered=deterministic,
+    )  # fmt: skip
+    if hopper is not None:
+        return hopper_bwd(
+            grad_out, grad_lse, q, k, v, out, lse, row_start, row_end, scale, hopper, deterministic
+        )
+    picked = config.pick_backward(arch, dim, q.dtype, q.shape[2])
+    return _plain_bwd(
+        grad_out, grad_lse, q, k, v, out, lse, start, end, row_start, row_end, visible_until,
+        scale, softcap, precision, picked,
+    )  # fmt: skip
+
+
 def mixed_attention_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, start: Tensor, end: Tensor,
@@ -327,23 +354,7 @@ def mixed_attention_bwd(
     """Op ``mixed_attention_bwd`` on CUDA: gradients of q, k and v."""
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
-    arch, dim = operands.arch_of(q), q.shape[3]
-    if k.numel() == 0 or q.numel() == 0:
-        return tuple(empty_heads_last(x).zero_() for x in (q, k, v))
-    aligned = all(operands.tma_aligned(x) for x in (q, k, v, grad_out))
-    plain_scores = visible_until is None and softcap == 0.0
-    hopper = config.pick_hopper_backward(
-        arch, dim, q.dtype, k.shape[2], plain_scores, aligned,
-        planes=k.shape[0] * k.shape[1], group=q.shape[1] // k.shape[1], ordered=deterministic,
+    return _backward(
+        grad_out, grad_lse, q, k, v, out, lse, start, end, row_start, row_end, visible_until,
+        scale, softcap, deterministic, operands.precision(q.dtype), config.pick_hopper_backward,
     )  # fmt: skip
-    with on_device(q):
-        if hopper is not None:
-            return hopper_bwd(
-                grad_out, grad_lse, q, k, v, out, lse, row_start, row_end, scale, hopper,
-                deterministic,
-            )  # fmt: skip
-        picked = config.pick_backward(arch, dim, q.dtype, q.shape[2])
-        return _plain_bwd(
-            grad_out, grad_lse, q, k, v, out, lse, start, end, row_start, row_end, visible_until,
-            scale, softcap, operands.precision(q.dtype), picked,
-        )  # fmt: skip

@@ -1,15 +1,16 @@
 """Forward kernel of mixed attention. Mathematics in reference.py, tiles in docs/attention.md."""
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..backend import on_device
 from ..launch import launch, replayed
 from ..ops import empty_heads_last
 from . import config, operands
-from .hopper_forward import hopper_fwd
+from .hopper_forward import _mixed_attention_fwd_hopper_kernel, hopper_fwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
 
 
@@ -113,7 +114,6 @@ def _mixed_attention_fwd_kernel(
     tl.store(lse_ptr + tl.cast(plane, tl.int64) * num_queries + rows, lse, mask=inside)
 
 
-@replayed(_mixed_attention_fwd_kernel)
 def _plain_fwd(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
     scale: float, softcap: float, precision: str, picked: config.ForwardConfig,
@@ -136,23 +136,32 @@ def _plain_fwd(
     return out, lse
 
 
-def mixed_attention_fwd(
+@replayed(_mixed_attention_fwd_kernel, _mixed_attention_fwd_hopper_kernel)
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
-    scale: float, softcap: float,
+    scale: float, softcap: float, precision: str, pick_hopper: Callable,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Op ``mixed_attention_fwd`` on CUDA: (B, H, Lq, D) output, (B, H, Lq) base-2 log-sum-exp."""
     length, dim = q.shape[2:]
     if q.numel() == 0:
         return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     arch = operands.arch_of(q)
     aligned = k.numel() > 0 and all(operands.tma_aligned(x) for x in (q, k, v))
     plain_scores = visible_until is None and softcap == 0.0
-    hopper = config.pick_hopper_forward(arch, dim, q.dtype, length, plain_scores, aligned)
-    with on_device(q):
-        if hopper is not None:
-            return hopper_fwd(q, k, v, start, end, scale, hopper)
-        if operands.must_copy_values(arch, dim, v):
-            v = v.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
-        picked = config.pick_forward(arch, dim, q.dtype, length)
-        precision = operands.precision(q.dtype)
-        return _plain_fwd(q, k, v, start, end, visible_until, scale, softcap, precision, picked)
+    hopper = pick_hopper(arch, dim, q.dtype, length, plain_scores, aligned)
+    if hopper is not None:
+        return hopper_fwd(q, k, v, start, end, scale, hopper)
+    if operands.must_copy_values(arch, dim, v):
+        v = v.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+    picked = config.pick_forward(arch, dim, q.dtype, length)
+    return _plain_fwd(q, k, v, start, end, visible_until, scale, softcap, precision, picked)
+
+
+def mixed_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
+    scale: float, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Op ``mixed_attention_fwd`` on CUDA: (B, H, Lq, D) output, (B, H, Lq) base-2 log-sum-exp."""
+    return _forward(
+        q, k, v, start, end, visible_until, scale, softcap, operands.precision(q.dtype),
+        config.pick_hopper_forward,
+    )  # fmt: skip

@@ -84,7 +84,6 @@ def backward_case(
     )  # fmt: skip
     fn, name = hopper_backward._mixed_attention_bwd_hopper_kernel, _NAMES[dtype]
     row, key = _descriptor(name, picked.block_m, dim), _descriptor(name, picked.block_n, dim)
-    piece = _descriptor(name, PIECE, dim) if picked.statistics else row
     plain = NVMMASharedLayout(0, 32, 2)
     stats = f"tensordesc<fp32{[1, 2 * picked.block_m]},{plain!r}>"
     sums = f"tensordesc<fp32{[picked.block_m * dim // SUMS, SUMS]},{plain!r}>"
@@ -92,10 +91,16 @@ def backward_case(
     constants |= {"HAS_GRAD_LSE": grad_lse} | picked.constants()
     signature = {
         "q_desc": row, "k_desc": key, "v_desc": key, "g_desc": row, "stats_desc": stats,
-        "dk_desc": key, "dv_desc": key, "dq_desc": sums if picked.staged else row,
-        "o_desc": piece, "go_desc": piece,
+        "dk_desc": key, "dv_desc": key,
         "bounds": (_VECTOR, _VECTOR, "*i32", "*i32"), "inputs": (*("*fp32",) * 4, "fp32", "fp32"),
-    } | dict.fromkeys(constants, "constexpr")  # fmt: skip
+    }  # fmt: skip
+    if picked.statistics:
+        signature |= dict.fromkeys(("o_desc", "go_desc"), _descriptor(name, PIECE, dim))
+    if picked.staged or picked.whole:
+        signature["dq_desc"] = sums if picked.staged else row
+    # What is not there.
+    constants |= dict.fromkeys({"dq_desc", "o_desc", "go_desc"} - set(signature))
+    signature |= dict.fromkeys(constants, "constexpr")
     attrs = {(fn.arg_names.index("inputs"), 3): _ALIGNED}
     name = f"mixed_attention_bwd_hopper-D{dim}-{name}" + _suffix(group, num_keys)
     name += "-few" * few + "-ordered" * ordered + "-lse" * grad_lse

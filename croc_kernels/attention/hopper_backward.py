@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..launch import launch, replayed
+from ..launch import launch
 from ..ops import empty_heads_last
 from .config import LOG2_E, HopperBackwardConfig
 from .hopper import TensorDescriptor, tile_descriptor
@@ -133,6 +133,10 @@ def _finish_kernel(
     tl.store(pointers, x.to(dq_ptr.dtype.element_ty), mask=(offs < num_queries)[:, None])
 
 
+# All that ``hopper_bwd`` launches.
+KERNELS = (_prepare_kernel, _mixed_attention_bwd_hopper_kernel, _finish_kernel)
+
+
 def _workspace(
     q: Tensor, planes: int, tiles: int, picked: HopperBackwardConfig, ordered: bool
 ) -> list[Tensor]:
@@ -164,7 +168,6 @@ def _dq_descriptor(dq: Tensor, sums: Tensor, picked: HopperBackwardConfig) -> ob
     return TensorDescriptor(sums, shape, [SUMS, 1], [rows, SUMS], _STATISTICS)
 
 
-@replayed(_prepare_kernel, _mixed_attention_bwd_hopper_kernel, _finish_kernel)
 def hopper_bwd(
     grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
     out: Tensor, lse: Tensor, row_start: Tensor, row_end: Tensor,
@@ -201,14 +204,14 @@ def hopper_bwd(
     stats_desc = TensorDescriptor(
         stats, list(stats.shape), list(stats.stride()), [1, 2 * block_m], _STATISTICS
     )
-    g_desc = tile_descriptor(grad_out, block_m)
-    # What only some kernels read or write.
-    dq_desc = _dq_descriptor(grads[0], sums, picked) or g_desc
-    pieces = (tile_descriptor(x, PIECE) if part else g_desc for x in (out, grad_out))
+    # What only some kernels read: the host takes longer for each than for a launch's numbers.
+    pieces = (tile_descriptor(x, PIECE) if part else None for x in (out, grad_out))
     launch(
         _mixed_attention_bwd_hopper_kernel, (key_tiles * batch * key_heads, 1, 1),
         (tile_descriptor(q, block_m), tile_descriptor(k, block_n), tile_descriptor(v, block_n),
-         g_desc, stats_desc, *(tile_descriptor(x, block_n) for x in grads[1:]), dq_desc, *pieces,
+         tile_descriptor(grad_out, block_m), stats_desc,
+         *(tile_descriptor(x, block_n) for x in grads[1:]),
+         _dq_descriptor(grads[0], sums, picked), *pieces,
          (*bounds, dirty, counts), (stats, lse, grad_lse, sums, scale * LOG2_E, scale)),
         {"GROUP": group, **common, **picked.constants()}, num_warps=8, launch_pdl=overlap,
     )  # fmt: skip

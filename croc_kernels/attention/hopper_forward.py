@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..backend import multiprocessors
-from ..launch import launch, replayed
+from ..launch import launch
 from ..ops import empty_heads_last
 from .config import LOG2_E, HopperForwardConfig
 from .hopper import barrier, of_sample, tile_descriptor, tma_store
@@ -313,7 +313,6 @@ def _mixed_attention_fwd_hopper_kernel(
         )  # fmt: skip
 
 
-@replayed(_mixed_attention_fwd_hopper_kernel)
 def hopper_fwd(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float,
     picked: HopperForwardConfig,
