@@ -4,21 +4,24 @@ Between its arguments and its launches a function works out grids, descriptors a
 shapes and strides, and Triton what it compiled for them: the same each time, and longer in Python
 than a short kernel runs (docs/attention.md). So the first call of a kind is watched, and written
 down as a function of its tensors that does only what reached the device: allocate, and launch what
-was compiled, as Triton lets one launch what :meth:`JITFunction.warmup` gives.
+was compiled, as :meth:`JITFunction.run` does in the end.
 """
 
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 from triton import knobs
+from triton.runtime import driver
 
 from .backend import logger, on_device
 
+# Where Inductor's code has its allocations from: on the current device, without the dispatcher.
+_guards = torch._C._dynamo.guards
 # Of one function. Each new length is one.
 _MOST_PLANS = 1024
 # How often a call of a kind is recorded that does more than can be replayed: something else may
@@ -118,13 +121,15 @@ class _Recording(TorchDispatchMode):
 class _Writer:
     """A recording as the source of a function: each tensor by its place, all else by a name."""
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self, given: Sequence[Tensor]) -> None:
         self.names: dict[str, object] = {
             "__name__": __name__, "torch": torch, "new": object.__new__
         }  # fmt: skip
         # Of tensors and descriptors, all of which the recording holds.
         self.places = {id(x): f"given[{i}]" for i, x in enumerate(given)}
-        self.lines: list[str] = []
+        device = given[0].device
+        stream_of = driver.active.get_current_stream if device.type == "cuda" else lambda _: 0
+        self.lines = [f"stream = {self.name(stream_of)}({self.name(device.index)})"]
 
     def name(self, x: object) -> str:
         found = f"x{len(self.names)}"
@@ -157,20 +162,28 @@ class _Writer:
     def allocate(self, func: object, x: Tensor) -> None:
         if x.requires_grad:
             raise KeyError("requires_grad")
-        strides = "" if func is _ZEROS else f"{self.name(x.stride())}, "
-        name = "zeros" if func is _ZEROS else "empty_strided"
-        shape, dtype, device = (self.name(y) for y in (tuple(x.shape), x.dtype, x.device))
+        shape, strides, dtype = (self.name(y) for y in (tuple(x.shape), x.stride(), x.dtype))
+        device = self.name(x.device)
         self.places[id(x)] = place = f"made{len(self.lines)}"
-        self.lines.append(
-            f"{place} = torch.{name}({shape}, {strides}dtype={dtype}, device={device})"
-        )
+        quick = getattr(_guards, f"_empty_strided_{x.device.type}", None)
+        if func is _ZEROS:
+            made = f"torch.zeros({shape}, dtype={dtype}, device={device})"
+        elif quick is not None:
+            made = f"{self.name(quick)}({shape}, {strides}, {dtype})"
+        else:
+            made = f"torch.empty_strided({shape}, {strides}, dtype={dtype}, device={device})"
+        self.lines.append(f"{place} = {made}")
 
     def launch(
         self, compiled: object, grid: tuple, arguments: Sequence[object], values: tuple
     ) -> None:
-        run, values = self.name(compiled[grid]), self.name(values)
+        run, grid, values = self.name(compiled.run), self.name(grid), self.name(values)
+        known = self.name(compiled.function), self.name(compiled.packed_metadata)
         listed = "".join(self.expression(x) + ", " for x in arguments)
-        self.lines.append(f"{run}({listed}*{values})")
+        # No hooks and nothing for them: see _watched.
+        self.lines.append(
+            f"{run}(*{grid}, stream, {', '.join(known)}, None, None, None, {listed}*{values})"
+        )
 
     def function(self, result: object) -> Callable[[list[Tensor]], object]:
         body = [*self.lines, f"return {self.expression(result)}"]
@@ -226,6 +239,8 @@ def _watched(kernels: tuple[object, ...]) -> bool:
         knobs.runtime.debug
         or knobs.compilation.instrumentation_mode
         or getattr(knobs.runtime, "add_stages_inspection_hook", None)
+        or getattr(knobs.runtime.launch_enter_hook, "calls", knobs.runtime.launch_enter_hook)
+        or getattr(knobs.runtime.launch_exit_hook, "calls", knobs.runtime.launch_exit_hook)
         or any([getattr(kernel, "pre_run_hooks", None) for kernel in kernels])
     )
 

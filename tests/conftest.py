@@ -83,6 +83,11 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
+    # What Inductor allocates with, and launch.py.
+    guards = torch._C._dynamo.guards
+    for name in ("_empty_strided_cpu", "_empty_strided_cuda"):
+        if hasattr(guards, name):
+            monkeypatch.setattr(guards, name, poisoned(getattr(guards, name)))
 
 
 @pytest.fixture(autouse=True)

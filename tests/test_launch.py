@@ -22,13 +22,15 @@ from croc_kernels.launch import launch, replayed
 class Compiled:
     """What Triton gives back of a launch."""
 
-    packed_metadata = ()
+    packed_metadata, function = (4, 1), 7
 
     def __init__(self, log):
         self.log = log
 
-    def __getitem__(self, grid):
-        return lambda *values: self.log.append(("again", grid, values))
+    def run(self, x, y, z, stream, function, metadata, known, enter, leave, *values):
+        assert (stream, function, metadata) == (0, self.function, self.packed_metadata)
+        assert known is enter is leave is None
+        self.log.append(("again", (x, y, z), values))
 
 
 class Kernel:
@@ -292,7 +294,9 @@ def test_launch_again_with_descriptors_of_the_tensors_of_the_call():
     assert seen[0] == seen[1] == seen[2]
 
 
-@pytest.mark.parametrize("what", ["debug", "instrumentation", "passes", "before"])
+@pytest.mark.parametrize(
+    "what", ["debug", "instrumentation", "passes", "before", "enter", "exit", "chain"]
+)
 def test_launch_asks_triton_whenever_it_is_watched(monkeypatch, what):
     """Nothing that was compiled without is launched with it, and the other way round."""
     knobs = pytest.importorskip("triton").knobs
@@ -310,8 +314,12 @@ def test_launch_asks_triton_whenever_it_is_watched(monkeypatch, what):
         elif what == "passes":
             hook = ("add_stages_inspection_hook", lambda: ("key", "hash"))
             watched.setattr(knobs.runtime, *hook, raising=False)
-        else:
+        elif what == "before":
             watched.setattr(kernel, "pre_run_hooks", [print], raising=False)
+        elif what == "chain":
+            watched.setattr(knobs.runtime.launch_enter_hook, "calls", [print])
+        else:
+            watched.setattr(knobs.runtime, f"launch_{what}_hook", print)
         for number in (3, 16, 1, 1):
             function(x, x, number)
         assert kernel.ways == ["first"] * 4
