@@ -10,7 +10,7 @@ from torch import Tensor
 from ..launch import launch, replayed
 from ..ops import empty_heads_last
 from . import config, operands
-from .hopper_forward import _mixed_attention_fwd_hopper_kernel, hopper_fwd
+from .hopper_forward import KERNELS, hopper_fwd
 from .tiles import bounded, hide, load_tile, products, store_tile, tile_range
 
 
@@ -136,7 +136,7 @@ def _plain_fwd(
     return out, lse
 
 
-@replayed(_mixed_attention_fwd_kernel, _mixed_attention_fwd_hopper_kernel)
+@replayed(_mixed_attention_fwd_kernel, *KERNELS)
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
     scale: float, softcap: float, precision: str, pick_hopper: Callable,

@@ -313,6 +313,10 @@ def _mixed_attention_fwd_hopper_kernel(
         )  # fmt: skip
 
 
+# All that ``hopper_fwd`` launches.
+KERNELS = (_mixed_attention_fwd_hopper_kernel,)
+
+
 def hopper_fwd(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, scale: float,
     picked: HopperForwardConfig,
