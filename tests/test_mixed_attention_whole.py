@@ -136,7 +136,8 @@ def test_whole_keeps_nan_in_unseen_places(name, dim, deterministic, whole):
         assert same(got, grads(0.0))
         for grad, kept in zip(got, (sees, seen, seen), strict=True):
             assert not torch.where(kept, 0, grad).any()
-        assert [x.whole for x in taken] == [True, True]
+        # Once for both: the second call is of the kind of the first.
+        assert [x.whole for x in taken] == [True]
 
 
 @pytest.mark.parametrize(("dtype", "heads"), CASES)
