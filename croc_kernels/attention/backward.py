@@ -325,6 +325,7 @@ def _backward(
     row_start: Tensor, row_end: Tensor, visible_until: Tensor | None,
     scale: float, softcap: float, deterministic: bool, precision: str, pick_hopper: Callable,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op. What it depends on besides tensors is handed over: see ``replayed``."""
     if k.numel() == 0 or q.numel() == 0:
         return tuple(empty_heads_last(x).zero_() for x in (q, k, v))
     arch, dim = operands.arch_of(q), q.shape[3]

@@ -141,6 +141,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, start: Tensor, end: Tensor, visible_until: Tensor | None,
     scale: float, softcap: float, precision: str, pick_hopper: Callable,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op. What it depends on besides tensors is handed over: see ``replayed``."""
     length, dim = q.shape[2:]
     if q.numel() == 0:
         return empty_heads_last(q), q.new_empty(q.shape[:3], dtype=torch.float32)
