@@ -181,6 +181,29 @@ def test_mixed_attention_refuses_forward_mode(grad):
             mixed_attention(dual, k, v, mask)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("how", ["vmap", "grad of vmap", "outer grad"])
+def test_mixed_attention_refuses_transforms_of_functions(how, grad):
+    """Not a gradient of zeros where requires_grad is False within the innermost."""
+    mask = MASKS["visual"](1, 30, "cpu")
+    q, k, v = (x.detach() for x in inputs(mask, 2, 2, 16, torch.float64))
+
+    def attend(x):
+        with torch.set_grad_enabled(grad):
+            return mixed_attention(x, k, v, mask)
+
+    def inner(x):
+        return torch.func.grad(lambda y: (y * attend(x)).sum())(q).sum()
+
+    call = {
+        "vmap": torch.vmap(attend),
+        "grad of vmap": torch.func.grad(lambda x: torch.vmap(attend)(x).sum()),
+        "outer grad": lambda x: torch.func.grad(inner)(x[0]),
+    }[how]
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        call(torch.stack([q, q]))
+
+
 def test_mixed_attention_without_a_gradient_is_the_same():
     mask = MASKS["visual"](1, 30, "cpu")
     leaves = inputs(mask, 2, 2, 16, torch.float32)

@@ -79,6 +79,16 @@ def _unsupported(q: Tensor) -> str | None:
     return None
 
 
+def _wants_autograd(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether a gradient is wanted, or something that only autograd refuses: tangents, and
+    transforms of functions, within which requires_grad tells of the innermost alone. Where not,
+    autograd would keep the host longer than all else of a forward.
+    """
+    wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    transformed = torch._C._are_functorch_transforms_active()
+    return wanted or transformed or forward_ad._current_level >= 0
+
+
 def mixed_attention(
     q: Tensor,
     k: Tensor,
@@ -156,9 +166,7 @@ def mixed_attention(
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
         q, k, v = [x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)]
-        # Autograd keeps the host longer than all else here.
-        wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if wanted or forward_ad._current_level >= 0:
+        if _wants_autograd(q, k, v):
             out, lse = _MixedAttention.apply(
                 q, k, v, mask.start, mask.end, mask.row_start, mask.row_end, mask.visible_until,
                 scale, softcap, deterministic,
