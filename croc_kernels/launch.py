@@ -179,6 +179,8 @@ class _Writer:
     ) -> None:
         run, grid, values = self.name(compiled.run), self.name(grid), self.name(values)
         known = self.name(compiled.function), self.name(compiled.packed_metadata)
+        # Kept: from Triton 3.8 on it unloads its code when it goes.
+        self.name(compiled)
         listed = "".join(self.expression(x) + ", " for x in arguments)
         # No hooks and nothing for them: see _watched.
         self.lines.append(

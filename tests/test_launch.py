@@ -251,6 +251,31 @@ def test_launch_repeats_a_call_with_a_tensor_from_elsewhere():
     made_of(lambda x: launch(kernel, (1, 1, 1), (x, torch.empty(3, requires_grad=True)), CONSTANTS))
 
 
+def test_launch_keeps_what_was_compiled():
+    """Also where Triton's cache drops it: its code would be unloaded, from Triton 3.8 on."""
+    made = []
+
+    class Counted(Compiled):
+        def __init__(self, log):
+            super().__init__(log)
+            made.append(weakref.ref(self))
+
+        @property
+        def run(self):
+            log = self.log
+            return lambda *_: log.append(("again", None, ()))
+
+    class Dropped(Kernel):
+        def __getitem__(self, grid):
+            return lambda *_, **__: Counted(self.log)
+
+    function = doubled(Dropped())
+    function(*tensors(3))
+    assert made[0]() is not None
+    function(*tensors(3))
+    assert len(made) == 1
+
+
 def test_launch_keeps_no_tensor():
     hopper = pytest.importorskip("croc_kernels.attention.hopper")
     kernel = Kernel()
