@@ -73,13 +73,6 @@ def main() -> None:
     print(json.dumps({"machine": run.machine("cuda"), "rounds": args.rounds}))
     both = [CROC, *(peer for peer in peers.ATTENTION if peer.name == "flex")]
     known = {case.name: case for case in (*cases.ATTENTION_GPU, *cases.ATTENTION_LENGTHS)}
-    flush, mark = timing.flusher(device), timing.clock(device)
-
-    def eager(call: Callable[[], object]) -> float:
-        flush()
-        start = mark()
-        call()
-        return mark() - start
 
     for name in args.cases:
         case = known[name]
@@ -97,7 +90,9 @@ def main() -> None:
                 "host": _in_turns(
                     calls, lambda call: timing.host_seconds(call, device, 1), args.rounds
                 ),
-                "eager": _in_turns(calls, eager, args.rounds),
+                "eager": _in_turns(
+                    calls, lambda call: timing.seconds_of(call, device, 1), args.rounds
+                ),
                 "chain": _in_turns(chains, lambda call: call(), max(3, args.rounds // 6)),
             }
             for n in prepared:

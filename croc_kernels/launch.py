@@ -20,7 +20,8 @@ from triton.runtime import driver
 
 from .backend import logger, on_device
 
-# Where Inductor's code has its allocations from: on the current device, without the dispatcher.
+# Where Inductor's code has its allocations from: on the current device, without the dispatcher, and
+# without the filling of uninitialised memory that deterministic algorithms ask for.
 _guards = torch._C._dynamo.guards
 # Of one function. Each new length is one.
 _MOST_PLANS = 1024

@@ -204,6 +204,20 @@ def test_mixed_attention_refuses_transforms_of_functions(how, grad):
         call(torch.stack([q, q]))
 
 
+def test_mixed_attention_refuses_compiled_transforms_and_the_reference_takes_them():
+    mask = MASKS["visual"](1, 30, "cpu")
+    q, k, v = (x.detach() for x in inputs(mask, 2, 2, 16, torch.float64))
+
+    def gradient(backend):
+        return torch.func.grad(lambda x: mixed_attention(x, k, v, mask, backend=backend).sum())
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.compile(gradient("auto"), backend="eager")(q)
+    leaf = q.clone().requires_grad_()
+    mixed_attention(leaf, k, v, mask).sum().backward()
+    torch.testing.assert_close(gradient("reference")(q), leaf.grad, rtol=1e-12, atol=1e-14)
+
+
 def test_mixed_attention_without_a_gradient_is_the_same():
     mask = MASKS["visual"](1, 30, "cpu")
     leaves = inputs(mask, 2, 2, 16, torch.float32)

@@ -80,13 +80,11 @@ def _unsupported(q: Tensor) -> str | None:
 
 
 def _wants_autograd(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a gradient is wanted, or something that only autograd refuses: tangents, and
-    transforms of functions, within which requires_grad tells of the innermost alone. Where not,
-    autograd would keep the host longer than all else of a forward.
+    """Whether a gradient is wanted, or tangents, which autograd refuses. Where not, autograd would
+    keep the host longer than all else of a forward.
     """
     wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    transformed = torch._C._are_functorch_transforms_active()
-    return wanted or transformed or forward_ad._current_level >= 0
+    return wanted or forward_ad._current_level >= 0
 
 
 def mixed_attention(
@@ -142,7 +140,8 @@ def mixed_attention(
         TypeError: dtypes differ or are not supported; ``mask`` is not a :class:`MixedMask`.
         ValueError: shapes or devices disagree, the mask was made for other lengths, the kernels
             don't have this D, ``scale`` or ``softcap`` is not positive, ``backend`` is unknown.
-        RuntimeError: ``backend="triton"`` where Triton can't run.
+        RuntimeError: ``backend="triton"`` where Triton can't run; called within a transform of
+            ``torch.func``, which the reference alone allows.
 
     Source: Croc, arXiv 2410.14332 (mixed attention); tiling after FlashAttention, arXiv 2205.14135.
     """
@@ -162,6 +161,13 @@ def mixed_attention(
         with torch.autocast(device, enabled=False):
             out, lse = reference.mixed_attention(q, k, v, mask.to_dense(), scale, softcap)
     else:
+        # Within them requires_grad tells of the innermost alone, and Dynamo takes autograd's
+        # function apart instead of refusing: gradients would be zeros.
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{_NAME}: functorch transforms (vmap, grad, jvp, ...) must not be active, got one;"
+                ' use backend="reference"'
+            )
         backends.log_choice(_NAME, chosen, f"{device} tensors")
         if deterministic is None:
             deterministic = torch.are_deterministic_algorithms_enabled()
